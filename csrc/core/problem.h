@@ -1,0 +1,93 @@
+// What is asked of a kernel: one plain struct for every attention operator, forward and backward.
+//
+// The operator is attention over key groups. The keys a row may see are partitioned into groups, each with its own
+// softmax; the groups' outputs are merged. Ordinary attention has one group, MMCA has two (text, image). For batch b,
+// query head h, KV head g = h / (q_heads / kv_heads), row i at position p = i + (k_len - q_len), and key j:
+//
+//     s[i,j]   = scale * <query[b,h,i], key[b,g,j]>
+//     lse_r[i] = log sum exp(s[i,j])                         over the keys j of group r that row i sees; -inf if none
+//     O_r[i]   = sum exp(s[i,j] - lse_r[i]) * Z[i,j] * value[b,g,j]             Z: dropout factor; 0 if none is seen
+//     out[i]   = merge(O_r, lse_r)
+//
+// This header and everything in core/ and cpu/ use the C++ standard library only.
+#pragma once
+
+#include <cstdint>
+
+namespace mmca {
+
+enum class DType : std::uint8_t { f32, f64, bf16, f16 };
+
+// How the groups' outputs become one: sum of O_r, the joint softmax, a weighted sum, or left apart.
+enum class Merge : std::uint8_t { sum, lse, gate, none };
+
+// What an image row of MMCA sees: itself; its whole image; a text row's keys; itself and the text before it.
+enum class ImageRows : std::uint8_t { self, block, causal, self_text };
+
+// A (batch, head, row, feature) tensor. Strides count elements and may be 0 (an expanded input).
+template <class Pointer>
+struct Strided {
+  Pointer data = nullptr;
+  std::int64_t batch = 0, head = 0, row = 0, feature = 0;
+
+  std::int64_t offset(std::int64_t b, std::int64_t h, std::int64_t r) const { return b * batch + h * head + r * row; }
+};
+using Input = Strided<const void*>;
+using Output = Strided<void*>;
+
+// A (group, batch, head, row) statistic in the accumulation type: float, or double for f64 problems.
+template <class Pointer>
+struct RowStatistic {
+  Pointer data = nullptr;
+  std::int64_t group = 0, batch = 0, head = 0, row = 0;
+
+  std::int64_t offset(std::int64_t r, std::int64_t b, std::int64_t h, std::int64_t i) const {
+    return r * group + b * batch + h * head + i * row;
+  }
+};
+
+// Weights are kept iff their 16-bit Philox lane is >= threshold, and then scaled by 65536 / (65536 - threshold).
+struct Dropout {
+  std::uint32_t threshold = 0;  // round(65536 p); 0: no dropout
+  std::uint32_t offset = 0;     // fourth counter word
+  std::uint64_t seed = 0;       // Philox key
+};
+
+struct Problem {
+  DType dtype = DType::f32;
+  std::int64_t batch = 0, q_heads = 1, kv_heads = 1;  // q_heads is a multiple of kv_heads
+  std::int64_t q_len = 0, k_len = 0;
+  std::int64_t head_dim = 1, value_dim = 1;  // 1..256 each
+  double scale = 1.0;
+
+  // Which keys a row sees: the conjunction of everything below.
+  bool causal = false;                         // j <= p: bottom-right aligned
+  std::int64_t window_left = -1;               // p - left <= j; -1: unbounded
+  std::int64_t window_right = -1;              // j <= p + right; -1: unbounded
+  Strided<const std::uint8_t*> attn_mask;      // (batch, q_heads, q_len, k_len), non-zero: attend; null: none
+  const std::uint8_t* key_mask = nullptr;      // (batch, k_len) contiguous, non-zero: attend; null: none
+  const std::int32_t* modality = nullptr;      // (batch, k_len) contiguous: 0 padding, 1 text, >= 2 image; null: not MMCA
+  const std::int32_t* image_id = nullptr;      // (batch, k_len) contiguous, for ImageRows::block; null: runs of modality
+  ImageRows image_rows = ImageRows::self;
+  Merge merge = Merge::sum;
+  Dropout dropout;
+
+  // Inputs, and the forward's results (read again by the backward). `value`'s feature count is value_dim.
+  Input query, key, value;
+  Output out;                         // (batch, q_heads, q_len, value_dim)
+  RowStatistic<void*> lse;            // (groups, batch, q_heads, q_len), natural logarithm
+  void* group_out = nullptr;          // (groups, batch, q_heads, q_len, value_dim) contiguous, accumulation type, or null;
+                                      // the backward of separate softmaxes (merge sum) needs it
+
+  // The backward's further inputs and its results. Every element of every result is written.
+  Input grad_out;
+  RowStatistic<const void*> grad_lse;  // null: no gradient arrives at lse
+  Output grad_query, grad_key, grad_value;
+
+  int groups() const { return modality ? 2 : 1; }
+  bool joint() const { return !modality || merge == Merge::lse; }  // one softmax normalises all groups
+  std::int64_t heads_per_kv() const { return q_heads / kv_heads; }
+  std::int64_t row_shift() const { return k_len - q_len; }  // position of row 0
+};
+
+}  // namespace mmca

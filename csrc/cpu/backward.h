@@ -1,0 +1,426 @@
+// Backward kernel; included inside the namespace of an instruction set. Notation: core/problem.h.
+//
+// With group r's weight w in the merge (1, or exp(lse_r - LSE) for the joint softmax) and dO' = w dO:
+//
+//     P   = exp2(Q' K^T - lse_r log2(e))                 Q' = query * scale * log2(e); hidden pairs: 0
+//     dP  = Z (dO' V^T)
+//     dS  = P (dP - offset)      offset = w rowsum(dO out) - dlse_r   joint,   rowsum(dO O_r) - dlse_r   otherwise
+//     dV += (P Z)^T dO';   dK += scale dS^T Q;   dQ += scale dS K
+//
+// A work item owns a run of one group's keys: keys outermost, rows (cpu/rows.h) inside, dK and dV in scratch until all
+// rows have passed, dQ added to the item's own partial. No atomics on floats and no order that depends on threads.
+//
+// Layout in scratch: Q', dO' strips [strip][feature][tile_rows]; K, V columns [panel][feature][lanes]; K, Q, dO' rows
+// [feature panel][row][lanes]; P and dS [row][key]; dK, dV, partial dQ [row][feature].
+
+template <class T, class Storage>
+class Backward {
+ public:
+  static constexpr int row_block = 96, key_block = 192, key_range = 2 * key_block;
+
+  static std::int64_t partial_row_bytes(const Problem& problem) {
+    return static_cast<std::int64_t>(sizeof(T)) * round_up(static_cast<int>(problem.head_dim), width);
+  }
+  static std::int64_t padded_rows(const Problem& problem) {
+    return (problem.q_len * problem.heads_per_kv() + row_block - 1) / row_block * row_block;
+  }
+
+  // `partials`: a block of padded_rows * partial_row_bytes for each slot; `touched`: a zeroed byte for each row block of each.
+  Backward(const Problem& problem, const Plan& plan, BackwardWave& wave, T* partials, std::uint8_t* touched)
+      : problem_(problem), plan_(plan), wave_(wave), partials_(partials), touched_(touched) {}
+
+  void operator()(std::int64_t index) const {
+    const BackwardItem& item = wave_.items[static_cast<std::size_t>(index)];
+    const BackwardHead& head = wave_.heads[static_cast<std::size_t>(item.head)];
+    Arena measure(nullptr);
+    Item(*this, head, item, measure);
+    Arena arena(worker_scratch(measure.used()));
+    Item work(*this, head, item, arena);
+    work.run();
+    if (wave_.unfinished[static_cast<std::size_t>(item.head)].fetch_sub(1, std::memory_order_acq_rel) == 1)
+      work.write_query_gradient(head);
+  }
+
+ private:
+  using S = Simd<T>;
+  static constexpr int strip_rows = tile_rows<T>, width = lanes<T>, block_strips = row_block / strip_rows;
+  static constexpr int stride = key_block + 16;
+  static_assert(row_block % strip_rows == 0 && key_block % strip_rows == 0 && key_block % width == 0);
+
+  class Item {
+   public:
+    Item(const Backward& parent, const BackwardHead& head, const BackwardItem& item, Arena& arena)
+        : problem_(parent.problem_),
+          rows_{problem_, parent.plan_.of(head.batch), head.batch, head.kv_head},
+          keys_(rows_.plan.keys[item.group]),
+          visibility_{rows_, keys_, item.group},
+          item_(item),
+          first_of_head_(item.slot == head.first_slot),
+          head_dim_(static_cast<int>(problem_.head_dim)),
+          value_dim_(static_cast<int>(problem_.value_dim)),
+          padded_head_dim_(round_up(head_dim_, width)),
+          padded_value_dim_(round_up(value_dim_, width)),
+          strip_size_(round_up(head_dim_, S::width) * strip_rows + S::width),
+          value_strip_size_(round_up(value_dim_, S::width) * strip_rows + S::width),
+          range_keys_(std::min(key_range, round_up(std::max(item.end - item.begin, 1), key_block))),
+          entries_(rows_.size()),
+          parent_(parent) {
+      const auto keys = static_cast<std::size_t>(range_keys_);
+      key_columns_ = arena.take<T>(keys * padded_head_dim_);
+      value_columns_ = arena.take<T>(keys * padded_value_dim_);
+      key_rows_ = arena.take<T>(keys * padded_head_dim_);
+      grad_key_ = arena.take<T>(keys * padded_head_dim_);
+      grad_value_ = arena.take<T>(keys * padded_value_dim_);
+      query_strips_ = arena.take<T>(static_cast<std::size_t>(block_strips) * strip_size_);
+      grad_strips_ = arena.take<T>(static_cast<std::size_t>(block_strips) * value_strip_size_);
+      query_rows_ = arena.take<T>(static_cast<std::size_t>(row_block) * padded_head_dim_);
+      grad_rows_ = arena.take<T>(static_cast<std::size_t>(row_block) * padded_value_dim_);
+      weights_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
+      score_grads_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
+      lse2_ = arena.take<T>(row_block);
+      offset_ = arena.take<T>(row_block);
+      dropout_ = arena.take<T>(key_block);
+      const int dim = std::max(padded_head_dim_, padded_value_dim_);
+      buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
+      grad_buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
+      row_buffer_ = arena.take<T>(dim);
+      visible_ = arena.take<std::uint8_t>(strip_rows * width);
+    }
+
+    void run() {
+      for (std::int32_t first = item_.begin; first < item_.end; first += range_keys_) {
+        const int keys = std::min(range_keys_, item_.end - first);
+        pack_keys(first, keys);
+        std::fill_n(grad_key_, static_cast<std::size_t>(range_keys_) * padded_head_dim_, T(0));
+        std::fill_n(grad_value_, static_cast<std::size_t>(range_keys_) * padded_value_dim_, T(0));
+        for (std::int64_t entry = 0; entry < entries_; entry += row_block) {
+          const int rows = static_cast<int>(std::min<std::int64_t>(row_block, entries_ - entry));
+          const Range seen = hull(rows_, item_.group, entry, entry + rows);
+          if (std::max(seen.begin, first) >= std::min(seen.end, first + keys)) continue;
+          pack_rows(entry, rows);
+          for (int c = 0; c < keys; c += key_block) {
+            const int n = std::min(key_block, keys - c);
+            if (std::max(seen.begin, first + c) < std::min(seen.end, first + c + n)) meet(entry, rows, first, c, n);
+          }
+        }
+        if (item_.group == 1 && !rows_.plan.self_rows.empty()) add_self_rows(first, keys);
+        write_key_gradients(first, keys);
+      }
+      if (first_of_head_) write_hidden_keys();
+    }
+
+    // dQ of every row of the head: the partials in the order of their slots, and what a row gave itself.
+    void write_query_gradient(const BackwardHead& head) {
+      const T scale = static_cast<T>(problem_.scale);
+      T* sum = buffer_;
+      for (std::int64_t entry = 0; entry < entries_; ++entry) {
+        const Row row = rows_.at(entry);
+        std::fill_n(sum, padded_head_dim_, T(0));
+        for (std::int64_t slot = head.first_slot; slot < head.first_slot + head.slots; ++slot) {
+          if (!*parent_.touched(slot, entry)) continue;
+          const T* partial = parent_.partial(slot, entry, padded_head_dim_);
+          for (int d = 0; d < padded_head_dim_; ++d) sum[d] += partial[d];
+        }
+        if (rows_.plan.attends_to_itself(row.row)) {
+          const T gradient = own_gradient(row).score;
+          const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
+          add_scaled(gradient, key.row(rows_.position(row.row), grad_buffer_), sum);
+        }
+        for (int d = 0; d < head_dim_; ++d) sum[d] *= scale;
+        store_row<T, Storage>(sum, head_dim_, problem_.grad_query, rows_.batch, row.head, row.row);
+      }
+    }
+
+   private:
+    RowReader<T, Storage> query_reader(Row row) const { return {problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_}; }
+    RowReader<T, Storage> grad_reader(Row row) const { return {problem_.grad_out, rows_.batch, row.head, value_dim_, padded_value_dim_}; }
+
+    void pack_keys(std::int32_t first, int keys) {
+      const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
+      const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
+      const std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(range_keys_) * width;
+      const T* source[width];
+      typename S::Reg finite = S::zero();
+      for (int c = 0; c < round_up(keys, width); c += width) {
+        const int n = std::min(width, keys - c);
+        for (int i = 0; i < n; ++i) source[i] = key.row(keys_.position(first + c + i), buffer_ + i * padded_head_dim_);
+        pack_columns<T, width>(source, n, head_dim_, T(1), key_columns_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_);
+        for (int i = 0; i < n; ++i) finite = pack_row<T>(source[i], padded_head_dim_, key_rows_ + (c + i) * width, panel, finite);
+        for (int i = n; i < width; ++i) pack_zero_row<T>(padded_head_dim_, key_rows_ + (c + i) * width, panel);
+        for (int i = 0; i < n; ++i) source[i] = value.row(keys_.position(first + c + i), buffer_ + i * padded_value_dim_);
+        pack_columns<T, width>(source, n, value_dim_, T(1), value_columns_ + static_cast<std::ptrdiff_t>(c) * padded_value_dim_);
+      }
+      keys_finite_ = is_finite(S::reduce_add(finite));
+      if (!keys_finite_) zero_non_finite(key_rows_, panel * (padded_head_dim_ / width));
+    }
+
+    // Everything of a block of rows that does not depend on the keys; rows past `rows` are zero and see nothing.
+    void pack_rows(std::int64_t entry, int rows) {
+      constexpr std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(row_block) * width;
+      const T scale = static_cast<T>(problem_.scale * log2_e);
+      const T *query[strip_rows], *grad[strip_rows];
+      typename S::Reg query_finite = S::zero(), grad_finite = S::zero();
+      for (int r0 = 0; r0 < round_up(rows, strip_rows); r0 += strip_rows) {
+        const int n = std::min(strip_rows, rows - r0);
+        for (int i = 0; i < n; ++i) {
+          const Row row = rows_.at(entry + r0 + i);
+          query[i] = query_reader(row).row(row.row, buffer_ + i * padded_head_dim_);
+          const RowGradient g = row_gradient(row, item_.group, grad_buffer_ + i * padded_value_dim_);
+          grad[i] = g.grad;
+          lse2_[r0 + i] = g.lse == -infinity<T> ? infinity<T> : g.lse * static_cast<T>(log2_e);
+          offset_[r0 + i] = g.offset;
+          query_finite = pack_row<T>(query[i], padded_head_dim_, query_rows_ + (r0 + i) * width, panel, query_finite);
+          grad_finite = pack_row<T>(grad[i], padded_value_dim_, grad_rows_ + (r0 + i) * width, panel, grad_finite);
+        }
+        for (int i = n; i < strip_rows; ++i) {
+          lse2_[r0 + i] = infinity<T>;
+          offset_[r0 + i] = T(0);
+          pack_zero_row<T>(padded_head_dim_, query_rows_ + (r0 + i) * width, panel);
+          pack_zero_row<T>(padded_value_dim_, grad_rows_ + (r0 + i) * width, panel);
+        }
+        pack_columns<T, strip_rows>(query, n, head_dim_, scale, query_strips_ + r0 / strip_rows * strip_size_);
+        pack_columns<T, strip_rows>(grad, n, value_dim_, T(1), grad_strips_ + r0 / strip_rows * value_strip_size_);
+      }
+      queries_finite_ = is_finite(S::reduce_add(query_finite));
+      grads_finite_ = is_finite(S::reduce_add(grad_finite));
+      if (!queries_finite_) zero_non_finite(query_rows_, panel * (padded_head_dim_ / width));
+      if (!grads_finite_) zero_non_finite(grad_rows_, panel * (padded_value_dim_ / width));
+    }
+
+    struct RowGradient {
+      const T* grad;  // w dO, padded
+      T lse, offset, weight;
+    };
+
+    RowGradient row_gradient(Row row, int group, T* buffer) const {
+      T lse[max_groups], weight[max_groups] = {T(1), T(1)};
+      for (int g = 0; g < problem_.groups(); ++g)
+        lse[g] = static_cast<const T*>(problem_.lse.data)[problem_.lse.offset(g, rows_.batch, row.head, row.row)];
+      if (problem_.groups() == 2) merge_weights(problem_.merge, lse, weight);
+      const T* grad = grad_reader(row).row(row.row, buffer);
+
+      T product;  // w rowsum(dO out), or rowsum(dO O_r)
+      if (problem_.joint()) {
+        const Output& out = problem_.out;
+        const Input as_input{out.data, out.batch, out.head, out.row, out.feature};
+        const RowReader<T, Storage> reader(as_input, rows_.batch, row.head, value_dim_, padded_value_dim_);
+        product = weighted(weight[group], dot(grad, reader.row(row.row, row_buffer_), padded_value_dim_));
+      } else {
+        const Input as_input{group_out_row<T>(problem_, group, rows_.batch, row.head, row.row), 0, 0, 0, 1};
+        const RowReader<T, T> reader(as_input, 0, 0, value_dim_, padded_value_dim_);
+        product = dot(grad, reader.row(0, row_buffer_), padded_value_dim_);
+      }
+      const auto& grad_lse = problem_.grad_lse;
+      if (grad_lse.data) product -= static_cast<const T*>(grad_lse.data)[grad_lse.offset(group, rows_.batch, row.head, row.row)];
+      if (weight[group] != T(1)) {
+        for (int d = 0; d < padded_value_dim_; ++d) buffer[d] = weighted(weight[group], grad[d]);
+        grad = buffer;
+      }
+      return {grad, lse[group], product, weight[group]};
+    }
+
+    // One block of rows meets keys first + c .. first + c + n - 1, which lie at c in the packed range.
+    void meet(std::int64_t entry, int rows, std::int32_t first, int c, int n) {
+      const int strips = (rows + strip_rows - 1) / strip_rows, padded_keys = round_up(n, strip_rows);
+      int from[block_strips], to[block_strips];  // columns of P and dS that were computed, per strip
+      for (int s = 0; s < strips; ++s) {
+        const int count = std::min(strip_rows, rows - s * strip_rows);
+        const StripRange range = strip_range(rows_, item_.group, entry + s * strip_rows, entry + s * strip_rows + count);
+        from[s] = std::clamp((range.any.begin - first - c) / width * width, 0, n);
+        to[s] = std::max(from[s], round_up(std::clamp(range.any.end - first - c, 0, n), width));
+        for (int k = from[s]; k < to[s]; k += width) score(entry, s, count, range.all, first + c + k, c + k, k);
+        for (int r = s * strip_rows; r < (s + 1) * strip_rows; ++r) {
+          differentiate(entry + r, r, r < rows, first + c, from[s], to[s]);
+          for (T* row : {weights_ + r * stride, score_grads_ + r * stride}) {
+            std::fill_n(row, from[s], T(0));
+            if (to[s] < padded_keys) std::fill_n(row + to[s], padded_keys - to[s], T(0));
+          }
+        }
+      }
+      T* grad_query = touch(entry);
+      const std::ptrdiff_t key_panel = static_cast<std::ptrdiff_t>(range_keys_) * width;
+      for (int d = 0; d < padded_head_dim_; d += width)
+        for (int s = 0; s < strips; ++s)
+          if (from[s] < to[s])
+            row_tile<T, strip_rows, stride>(to[s] - from[s], score_grads_ + s * strip_rows * stride + from[s],
+                                            key_rows_ + d / width * key_panel + static_cast<std::ptrdiff_t>(c + from[s]) * width,
+                                            grad_query + static_cast<std::ptrdiff_t>(s) * strip_rows * padded_head_dim_ + d, padded_head_dim_);
+      add_transposed(weights_, grad_rows_, padded_value_dim_, grad_value_, c, padded_keys, strips, from, to);
+      add_transposed(score_grads_, query_rows_, padded_head_dim_, grad_key_, c, padded_keys, strips, from, to);
+      if (!keys_finite_ || !queries_finite_ || !grads_finite_) add_hidden_non_finite(entry, rows, first, c, n, grad_query);
+    }
+
+    // P (before exp2) and dO' V^T for one tile.
+    void score(std::int64_t entry, int s, int count, Range all, std::int32_t key, int packed, int column) {
+      T* scores = weights_ + s * strip_rows * stride + column;
+      T* grads = score_grads_ + s * strip_rows * stride + column;
+      const bool whole = !visibility_.has_mask() && key >= all.begin && key + width <= all.end;
+      const auto tile = whole ? Visibility::all : visibility_.template look<width>(entry + s * strip_rows, count, key, visible_);
+      if (tile == Visibility::none) {
+        for (int r = 0; r < strip_rows; ++r) {
+          std::fill_n(scores + r * stride, width, -infinity<T>);
+          std::fill_n(grads + r * stride, width, T(0));
+        }
+        return;
+      }
+      score_tile<T, strip_rows, stride>(head_dim_, query_strips_ + s * strip_size_,
+                                        key_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_head_dim_, scores);
+      score_tile<T, strip_rows, stride>(value_dim_, grad_strips_ + s * value_strip_size_,
+                                        value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_, grads);
+      if (tile == Visibility::all) return;
+      for (int r = 0; r < count; ++r) {
+        hide<T, width>(scores + r * stride, visible_ + r * width, -infinity<T>);
+        hide<T, width>(grads + r * stride, visible_ + r * width, T(0));
+      }
+      for (int r = count; r < strip_rows; ++r) {  // padding must not meet a hidden NaN either
+        std::fill_n(scores + r * stride, width, -infinity<T>);
+        std::fill_n(grads + r * stride, width, T(0));
+      }
+    }
+
+    // Row r of the block: scores become P Z, and dO' V^T becomes dS.
+    void differentiate(std::int64_t entry, int r, bool real, std::int32_t first, int from, int to) {
+      if (from >= to) return;
+      T *weights = weights_ + r * stride, *grads = score_grads_ + r * stride;
+      const bool dropout = problem_.dropout.threshold && real;
+      if (dropout) {
+        const Row row = rows_.at(entry);
+        dropout_factors<T>(problem_.dropout, keys_, first + from, to - from, static_cast<std::uint32_t>(rows_.position(row.row)),
+                           static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
+        for (int k = from; k < to; ++k) grads[k] *= dropout_[k - from];
+      }
+      score_gradient_row<T>(weights + from, grads + from, to - from, lse2_[r], offset_[r]);
+      if (dropout)
+        for (int k = from; k < to; ++k) weights[k] *= dropout_[k - from];
+      if (real && (!is_finite(offset_[r]) || lse2_[r] != lse2_[r]))  // 0 * NaN: hide again
+        for (int k = from; k < to; ++k)
+          if (!visibility_.sees(entry, first + k)) weights[k] = grads[k] = T(0);
+    }
+
+    // The partial's block of rows at `entry`, zeroed on first use.
+    T* touch(std::int64_t entry) {
+      T* block = parent_.partial(item_.slot, entry, padded_head_dim_);
+      std::uint8_t* touched = parent_.touched(item_.slot, entry);
+      if (!*touched) std::fill_n(block, static_cast<std::size_t>(row_block) * padded_head_dim_, T(0));
+      *touched = 1;
+      return block;
+    }
+
+    // gradient[key] += columns of `weights` times packed rows, over the strips that look at the keys.
+    void add_transposed(const T* weights, const T* packed_rows, int dim, T* gradient, int c, int padded_keys, int strips,
+                        const int* from, const int* to) {
+      int begin[key_block / strip_rows], end[key_block / strip_rows];
+      for (int k = 0; k < padded_keys; k += strip_rows) {
+        int& b = begin[k / strip_rows] = strips;
+        int& e = end[k / strip_rows] = 0;
+        for (int s = 0; s < strips; ++s)
+          if (from[s] < k + strip_rows && to[s] > k) b = std::min(b, s), e = s + 1;
+      }
+      for (int d = 0; d < dim; d += width)
+        for (int k = 0; k < padded_keys; k += strip_rows) {
+          const int b = begin[k / strip_rows] * strip_rows, e = end[k / strip_rows] * strip_rows;
+          if (b < e)
+            transposed_tile<T, stride>(e - b, weights + static_cast<std::ptrdiff_t>(b) * stride + k,
+                                       packed_rows + (static_cast<std::ptrdiff_t>(d / width) * row_block + b) * width,
+                                       gradient + static_cast<std::ptrdiff_t>(c + k) * dim + d, dim);
+        }
+    }
+
+    // What zero_non_finite took out of the panels, for the pairs that see each other (see cpu/pack.h).
+    MMCA_NOINLINE void add_hidden_non_finite(std::int64_t entry, int rows, std::int32_t first, int c, int n, T* grad_query) {
+      const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
+      for (int r = 0; r < rows; ++r) {
+        const Row row = rows_.at(entry + r);
+        const T* query = query_reader(row).row(row.row, buffer_);
+        const T* grad = row_gradient(row, item_.group, grad_buffer_).grad;
+        T* key_buffer = buffer_ + padded_head_dim_;
+        for (int k = 0; k < n; ++k) {
+          if (!visibility_.sees(entry + r, first + c + k)) continue;
+          const T weight = weights_[r * stride + k], score_grad = score_grads_[r * stride + k];
+          if (!keys_finite_)
+            add_non_finite(key.row(keys_.position(first + c + k), key_buffer), head_dim_, score_grad, grad_query + r * padded_head_dim_);
+          if (!queries_finite_) add_non_finite(query, head_dim_, score_grad, grad_key_ + (c + k) * padded_head_dim_);
+          if (!grads_finite_) add_non_finite(grad, value_dim_, weight, grad_value_ + (c + k) * padded_value_dim_);
+        }
+      }
+    }
+
+    struct OwnGradient {
+      const T* grad;  // w dO
+      T score;        // dS of the row's one weight, P = 1
+    };
+
+    // A row that is its own image group: O_1 = v, lse_1 = s.
+    OwnGradient own_gradient(Row row) {
+      const RowGradient g = row_gradient(row, 1, grad_buffer_);
+      const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
+      const T* v = value.row(rows_.position(row.row), grad_buffer_ + padded_value_dim_);
+      return {g.grad, dot(g.grad, v, padded_value_dim_) - g.offset};
+    }
+
+    void add_self_rows(std::int32_t first, int keys) {
+      for (int k = 0; k < keys; ++k) {
+        const std::int64_t i = keys_.position(first + k) - problem_.row_shift();
+        if (i < 0 || i >= problem_.q_len || !rows_.plan.attends_to_itself(i)) continue;
+        for (std::int64_t h = 0; h < problem_.heads_per_kv(); ++h) {
+          const Row row{static_cast<std::int32_t>(i), static_cast<std::int32_t>(rows_.kv_head * problem_.heads_per_kv() + h)};
+          const OwnGradient own = own_gradient(row);
+          for (int d = 0; d < value_dim_; ++d) grad_value_[k * padded_value_dim_ + d] += own.grad[d];
+          add_scaled(own.score, query_reader(row).row(row.row, buffer_), grad_key_ + k * padded_head_dim_);
+        }
+      }
+    }
+
+    void add_scaled(T factor, const T* row, T* sum) const {
+      for (int d = 0; d < head_dim_; ++d) sum[d] += weighted(factor, row[d]);
+    }
+
+    void write_key_gradients(std::int32_t first, int keys) {
+      const T scale = static_cast<T>(problem_.scale);
+      for (int k = 0; k < keys; ++k) {
+        T* gradient = grad_key_ + static_cast<std::ptrdiff_t>(k) * padded_head_dim_;
+        for (int d = 0; d < head_dim_; ++d) gradient[d] *= scale;
+        const std::int64_t position = keys_.position(first + k);
+        store_row<T, Storage>(gradient, head_dim_, problem_.grad_key, rows_.batch, rows_.kv_head, position);
+        store_row<T, Storage>(grad_value_ + static_cast<std::ptrdiff_t>(k) * padded_value_dim_, value_dim_, problem_.grad_value,
+                              rows_.batch, rows_.kv_head, position);
+      }
+    }
+
+    void write_hidden_keys() {
+      std::fill_n(buffer_, std::max(padded_head_dim_, padded_value_dim_), T(0));
+      for (std::int32_t position : rows_.plan.hidden_keys) {
+        store_row<T, Storage>(buffer_, head_dim_, problem_.grad_key, rows_.batch, rows_.kv_head, position);
+        store_row<T, Storage>(buffer_, value_dim_, problem_.grad_value, rows_.batch, rows_.kv_head, position);
+      }
+    }
+
+    const Problem& problem_;
+    const RowList rows_;
+    const KeyList& keys_;
+    const Visibility visibility_;
+    const BackwardItem& item_;
+    const bool first_of_head_;
+    const int head_dim_, value_dim_, padded_head_dim_, padded_value_dim_, strip_size_, value_strip_size_, range_keys_;
+    const std::int64_t entries_;
+    const Backward& parent_;
+    bool keys_finite_ = true, queries_finite_ = true, grads_finite_ = true;
+    T *key_columns_, *value_columns_, *key_rows_, *grad_key_, *grad_value_;
+    T *query_strips_, *grad_strips_, *query_rows_, *grad_rows_, *weights_, *score_grads_, *lse2_, *offset_, *dropout_;
+    T *buffer_, *grad_buffer_, *row_buffer_;
+    std::uint8_t* visible_;
+  };
+
+  T* partial(std::int64_t slot, std::int64_t entry, int padded_head_dim) const {
+    return partials_ + (slot * padded_rows(problem_) + entry) * padded_head_dim;
+  }
+  std::uint8_t* touched(std::int64_t slot, std::int64_t entry) const {
+    return touched_ + (slot * padded_rows(problem_) + entry) / row_block;
+  }
+
+  const Problem& problem_;
+  const Plan& plan_;
+  BackwardWave& wave_;
+  T* partials_;
+  std::uint8_t* touched_;
+};

@@ -1,0 +1,294 @@
+// Forward kernel; included inside the namespace of an instruction set. Notation: core/problem.h.
+//
+// A work item is a chunk of up to a few hundred rows (cpu/rows.h) of one batch and KV head. Per group it walks the keys
+// its rows see in blocks, outermost, packing each block of K and V once; the rows' running softmax (m, l, O) waits in
+// scratch between blocks:
+//
+//     S = Q' K^T                        Q' = query * scale * log2(e), so that exp(s) = exp2(S)
+//     m' = max(m, rowmax S);  f = exp2(m - m')
+//     P = exp2(S - m');  l = f l + rowsum P;  O = f O + (P Z) V
+//     at the group's end:  O_r = O / l,  lse_r = m ln 2 + ln l;  at the item's end: out = merge(O_r, lse_r)
+//
+// Layout in scratch: Q' [strip][feature][tile_rows], K [panel][feature][lanes], V [panel][key][lanes],
+// S and P [row][key], O [group][row][feature]. Key blocks start at multiples of key_block of the list and a row's
+// arithmetic does not depend on its neighbours, so neither chunking nor threads change a bit of the result.
+
+template <class T, class Storage>
+class Forward {
+ public:
+  static constexpr int row_block = 96, key_block = 256, max_chunk = 8 * row_block;
+
+  Forward(const Problem& problem, const Plan& plan, const std::vector<ForwardItem>& items)
+      : problem_(problem), plan_(plan), items_(items) {}
+
+  void operator()(std::int64_t index) const {
+    const ForwardItem& item = items_[static_cast<std::size_t>(index)];
+    Arena measure(nullptr);
+    Item(problem_, plan_, item, measure);
+    Arena arena(worker_scratch(measure.used()));
+    Item(problem_, plan_, item, arena).run();
+  }
+
+ private:
+  using S = Simd<T>;
+  static constexpr int strip_rows = tile_rows<T>, width = lanes<T>;
+  static constexpr int stride = key_block + 16;  // of score rows: off the powers of two
+  static constexpr int block_strips = row_block / strip_rows;
+  static_assert(row_block % strip_rows == 0 && key_block % width == 0 && key_block / width <= 64);
+
+  class Item {
+   public:
+    Item(const Problem& problem, const Plan& plan, const ForwardItem& item, Arena& arena)
+        : problem_(problem),
+          rows_{problem, plan.of(item.batch), item.batch, item.kv_head},
+          begin_(item.begin),
+          count_(static_cast<int>(item.end - item.begin)),
+          head_dim_(static_cast<int>(problem.head_dim)),
+          padded_head_dim_(round_up(head_dim_, width)),
+          padded_value_dim_(round_up(static_cast<int>(problem.value_dim), width)),
+          strip_size_(round_up(head_dim_, S::width) * strip_rows + S::width) {
+      const int padded = round_up(count_, row_block), dim = std::max(padded_head_dim_, padded_value_dim_);
+      query_ = arena.take<T>(static_cast<std::size_t>(padded / strip_rows) * strip_size_);
+      output_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded * padded_value_dim_);
+      lse_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded);
+      maximum_ = arena.take<T>(padded);
+      sum_ = arena.take<T>(static_cast<std::size_t>(padded) * S::width);
+      keys_ = arena.take<T>(static_cast<std::size_t>(key_block) * padded_head_dim_);
+      values_ = arena.take<T>(static_cast<std::size_t>(key_block) * padded_value_dim_);
+      scores_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
+      row_max_ = arena.take<T>(static_cast<std::size_t>(row_block) * S::width);
+      factor_ = arena.take<T>(row_block);
+      dropout_ = arena.take<T>(key_block);
+      buffer_ = arena.take<T>(static_cast<std::size_t>(width) * dim);
+      visible_ = arena.take<std::uint8_t>(strip_rows * width);
+      output_stride_ = static_cast<std::ptrdiff_t>(padded) * padded_value_dim_;
+      padded_rows_ = padded;
+    }
+
+    void run() {
+      bool packed = false;
+      for (int group = 0; group < problem_.groups(); ++group) {
+        for (int r = 0; r < count_; ++r) maximum_[r] = -infinity<T>;
+        std::fill_n(sum_, static_cast<std::size_t>(count_) * S::width, T(0));
+        std::fill_n(output(group, 0), output_stride_, T(0));
+        const Range seen = hull(rows_, group, begin_, begin_ + count_);
+        if (seen.size() && !packed) pack_query(), packed = true;
+        for (std::int32_t first = seen.begin / key_block * key_block; first < seen.end; first += key_block) {
+          const int keys = std::min(key_block, seen.end - first);
+          const bool finite = pack_keys(group, first, keys);
+          for (int block = 0; block < count_; block += row_block) attend(group, block, first, keys, finite);
+        }
+        normalise(group);
+      }
+      for (int r = 0; r < count_; ++r) write_row(r);
+    }
+
+   private:
+    T* output(int group, int row) { return output_ + group * output_stride_ + static_cast<std::ptrdiff_t>(row) * padded_value_dim_; }
+
+    void pack_query() {
+      const T scale = static_cast<T>(problem_.scale * log2_e);
+      const T* source[strip_rows];
+      for (int first = 0; first < count_; first += strip_rows) {
+        const int n = std::min(strip_rows, count_ - first);
+        for (int r = 0; r < n; ++r) {
+          const Row row = rows_.at(begin_ + first + r);
+          const RowReader<T, Storage> reader(problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_);
+          source[r] = reader.row(row.row, buffer_ + r * padded_head_dim_);
+        }
+        pack_columns<T, strip_rows>(source, n, head_dim_, scale, query_ + static_cast<std::ptrdiff_t>(first / strip_rows) * strip_size_);
+      }
+    }
+
+    // Packs a block of keys and values; false if a value is not finite (it is then zero in the panels).
+    bool pack_keys(int group, std::int32_t first, int keys) {
+      const KeyList& list = rows_.plan.keys[group];
+      const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
+      const RowReader<T, Storage> value = value_reader();
+      constexpr std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(key_block) * width;
+      const T* source[width];
+      typename S::Reg finite = S::zero();
+      for (int c = 0; c < keys; c += width) {
+        const int n = std::min(width, keys - c);
+        for (int i = 0; i < n; ++i) source[i] = key.row(list.position(first + c + i), buffer_ + i * padded_head_dim_);
+        pack_columns<T, width>(source, n, head_dim_, T(1), keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_);
+        for (int i = 0; i < n; ++i)
+          finite = pack_row<T>(value.row(list.position(first + c + i), buffer_), padded_value_dim_, values_ + (c + i) * width, panel, finite);
+        for (int i = n; i < width; ++i) pack_zero_row<T>(padded_value_dim_, values_ + (c + i) * width, panel);
+      }
+      if (is_finite(S::reduce_add(finite))) return true;
+      zero_non_finite(values_, panel * (padded_value_dim_ / width));
+      return false;
+    }
+
+    RowReader<T, Storage> value_reader() const {
+      return {problem_.value, rows_.batch, rows_.kv_head, static_cast<int>(problem_.value_dim), padded_value_dim_};
+    }
+
+    // One block of rows meets one block of keys.
+    void attend(int group, int block, std::int32_t first, int keys, bool finite) {
+      const int rows = std::min(row_block, count_ - block), strips = (rows + strip_rows - 1) / strip_rows;
+      std::uint64_t live[block_strips];  // bit c: panel c of the key block holds a visible key
+      score(group, block, rows, first, keys, live);
+      for (int s = 0; s < strips; ++s)
+        if (live[s]) softmax(group, block + s * strip_rows, std::min(strip_rows, rows - s * strip_rows), s, first, live[s]);
+      for (int d = 0; d < padded_value_dim_; d += width)
+        for (int s = 0; s < strips; ++s)
+          if (live[s]) weigh_values(output(group, block + s * strip_rows) + d, s, std::min(strip_rows, rows - s * strip_rows),
+                                    values_ + static_cast<std::ptrdiff_t>(d) * key_block, live[s]);
+      if (!finite) add_hidden_non_finite(group, block, rows, first, keys, live);
+    }
+
+    // S = Q' K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
+    void score(int group, int block, int rows, std::int32_t first, int keys, std::uint64_t* live) {
+      const Visibility visibility{rows_, rows_.plan.keys[group], group};
+      StripRange range[block_strips];
+      const int strips = (rows + strip_rows - 1) / strip_rows;
+      for (int s = 0; s < strips; ++s) {
+        const std::int64_t entry = begin_ + block + s * strip_rows;
+        range[s] = strip_range(rows_, group, entry, std::min<std::int64_t>(entry + strip_rows, begin_ + block + rows));
+        live[s] = 0;
+      }
+      for (int i = 0; i < rows * S::width; i += S::width) S::store(row_max_ + i, S::broadcast(-infinity<T>));
+      for (int c = 0; c < keys; c += width) {
+        const std::int32_t key = first + c;
+        const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
+        for (int s = 0; s < strips; ++s) {
+          if (key >= range[s].any.end || key + width <= range[s].any.begin) continue;
+          const int n = std::min(strip_rows, rows - s * strip_rows);
+          const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
+          T* scores = scores_ + s * strip_rows * stride + c;
+          T* row_max = row_max_ + s * strip_rows * S::width;
+          if (!visibility.has_mask() && key >= range[s].all.begin && key + width <= range[s].all.end) {
+            with_tile_height<T>(n, [&](auto height) {
+              score_tile_with_max<T, height.value, stride>(head_dim_, strip, panel, scores, row_max);
+            });
+            live[s] |= std::uint64_t{1} << (c / width);
+            continue;
+          }
+          const auto tile = visibility.look<width>(begin_ + block + s * strip_rows, n, key, visible_);
+          if (tile == Visibility::none) {
+            for (int r = 0; r < n; ++r) std::fill_n(scores + r * stride, width, -infinity<T>);
+            continue;
+          }
+          live[s] |= std::uint64_t{1} << (c / width);
+          with_tile_height<T>(n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
+          for (int r = 0; r < n; ++r) {
+            T* row = scores + r * stride;
+            if (tile == Visibility::some) hide<T, width>(row, visible_ + r * width, -infinity<T>);
+            T* best = row_max + r * S::width;
+            S::store(best, S::max(S::load(best), S::max(S::load(row), S::load(row + S::width))));
+          }
+        }
+      }
+    }
+
+    // P = exp2(S - m'), and the running maximum, sum and rescaling factor of each row of a strip.
+    void softmax(int group, int first_row, int rows, int strip, std::int32_t first, std::uint64_t live) {
+      const int from = __builtin_ctzll(live) * width, to = (64 - __builtin_clzll(live)) * width;
+      for (int r = 0; r < rows; ++r) {
+        const int in_block = strip * strip_rows + r;
+        T* scores = scores_ + in_block * stride;
+        const T before = maximum_[first_row + r];
+        const T best = std::max(before, S::reduce_max(S::load(row_max_ + in_block * S::width)));
+        const T shift = best == -infinity<T> ? T(0) : best;
+        const T factor = exp2_one<T>(before - shift);
+        maximum_[first_row + r] = best;
+        factor_[in_block] = factor;
+        T* sum = sum_ + static_cast<std::ptrdiff_t>(first_row + r) * S::width;
+        S::store(sum, S::fma(S::broadcast(factor), S::load(sum), exp2_row<T>(scores + from, to - from, shift)));
+        if (problem_.dropout.threshold) {
+          const Row row = rows_.at(begin_ + first_row + r);
+          dropout_factors<T>(problem_.dropout, rows_.plan.keys[group], first + from, to - from,
+                             static_cast<std::uint32_t>(rows_.position(row.row)),
+                             static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
+          for (int c = from; c < to; ++c) scores[c] *= dropout_[c - from];
+        }
+      }
+    }
+
+    // O = f O + P V over the runs of live panels.
+    void weigh_values(T* out, int strip, int rows, const T* values, std::uint64_t live) {
+      const T* weights = scores_ + strip * strip_rows * stride;
+      const T* factor = factor_ + strip * strip_rows;
+      bool rescale = true;
+      while (live) {
+        const int from = __builtin_ctzll(live);
+        const std::uint64_t after = ~(live >> from);
+        const int run = after ? __builtin_ctzll(after) : 64 - from;
+        const T *p = weights + from * width, *v = values + static_cast<std::ptrdiff_t>(from) * width * width;
+        with_tile_height<T>(rows, [&](auto height) {
+          if (rescale) rescaled_row_tile<T, height.value, stride>(run * width, p, v, out, padded_value_dim_, factor);
+          else row_tile<T, height.value, stride>(run * width, p, v, out, padded_value_dim_);
+        });
+        rescale = false;
+        live = from + run >= 64 ? 0 : live >> (from + run) << (from + run);
+      }
+    }
+
+    // The values that are NaN or infinite, for the rows that see them (see cpu/pack.h).
+    MMCA_NOINLINE void add_hidden_non_finite(int group, int block, int rows, std::int32_t first, int keys, const std::uint64_t* live) {
+      const KeyList& list = rows_.plan.keys[group];
+      const Visibility visibility{rows_, list, group};
+      const RowReader<T, Storage> value = value_reader();
+      for (int c = 0; c < keys; ++c) {
+        const T* source = value.row(list.position(first + c), buffer_);
+        for (int r = 0; r < rows; ++r)
+          if ((live[r / strip_rows] >> (c / width) & 1) && visibility.sees(begin_ + block + r, first + c))
+            add_non_finite(source, static_cast<int>(problem_.value_dim), scores_[r * stride + c], output(group, block + r));
+      }
+    }
+
+    // O_r = O / l and lse_r; a row that sees itself alone takes its own value.
+    void normalise(int group) {
+      for (int r = 0; r < count_; ++r) {
+        const Row row = rows_.at(begin_ + r);
+        T* out = output(group, r);
+        if (group == 1 && rows_.plan.attends_to_itself(row.row)) {
+          const std::int64_t p = rows_.position(row.row);
+          const T* value = value_reader().row(p, buffer_);
+          std::copy_n(value, padded_value_dim_, out);
+          lse_[padded_rows_ + r] = own_score<T, Storage>(problem_, rows_, row, buffer_);
+          continue;
+        }
+        const T l = S::reduce_add(S::load(sum_ + static_cast<std::ptrdiff_t>(r) * S::width));
+        const typename S::Reg inverse = S::broadcast(l == T(0) ? T(0) : T(1) / l);
+        for (int d = 0; d < padded_value_dim_; d += S::width) S::store(out + d, S::mul(inverse, S::load(out + d)));
+        lse_[group * padded_rows_ + r] = l == T(0) ? -infinity<T> : maximum_[r] * static_cast<T>(ln_2) + std::log(l);
+      }
+    }
+
+    // out = merge(O_r, lse_r) for one row.
+    void write_row(int r) {
+      const Row row = rows_.at(begin_ + r);
+      const int groups = problem_.groups(), value_dim = static_cast<int>(problem_.value_dim);
+      T lse[max_groups], weight[max_groups];
+      for (int g = 0; g < groups; ++g) {
+        lse[g] = lse_[g * padded_rows_ + r];
+        static_cast<T*>(problem_.lse.data)[problem_.lse.offset(g, rows_.batch, row.head, row.row)] = lse[g];
+        if (problem_.group_out)
+          std::copy_n(output(g, r), value_dim, group_out_row<T>(problem_, g, rows_.batch, row.head, row.row));
+      }
+      T* merged = output(0, r);
+      if (groups == 2) {
+        merge_weights(problem_.merge, lse, weight);
+        const T* other = output(1, r);
+        for (int d = 0; d < value_dim; ++d) merged[d] = weighted(weight[0], merged[d]) + weighted(weight[1], other[d]);
+      }
+      store_row<T, Storage>(merged, value_dim, problem_.out, rows_.batch, row.head, row.row);
+    }
+
+    const Problem& problem_;
+    const RowList rows_;
+    const std::int64_t begin_;  // first entry of the row list
+    const int count_, head_dim_, padded_head_dim_, padded_value_dim_, strip_size_;
+    int padded_rows_;
+    std::ptrdiff_t output_stride_;
+    T *query_, *output_, *lse_, *maximum_, *sum_, *keys_, *values_, *scores_, *row_max_, *factor_, *dropout_, *buffer_;
+    std::uint8_t* visible_;
+  };
+
+  const Problem& problem_;
+  const Plan& plan_;
+  const std::vector<ForwardItem>& items_;
+};

@@ -1,0 +1,43 @@
+// How one set of kernel bodies becomes one kernel per instruction set.
+//
+// Each isa_*.cpp includes this file, switches its target with a pragma, opens a namespace of its own and includes
+// simd_<isa>.h and kernels.h there. Everything that may hold that instruction set's code therefore has a name of its own,
+// and no shared inline function can end up compiled for a newer machine than the one it runs on.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "core/executor.h"
+#include "core/philox.h"
+#include "core/plan.h"
+#include "core/problem.h"
+#include "cpu/scratch.h"
+#include "cpu/schedule.h"
+
+#define MMCA_INLINE inline __attribute__((always_inline))
+#define MMCA_NOINLINE __attribute__((noinline))
+
+// The kernels of every instruction set: X(operation, dtype, accumulation type, storage type).
+#define MMCA_CPU_KERNELS(X)                 \
+  X(attention_forward, f32, float, float)   \
+  X(attention_forward, f64, double, double) \
+  X(attention_backward, f32, float, float)  \
+  X(attention_backward, f64, double, double)
+
+#define MMCA_DECLARE_KERNEL(operation, dtype, T, Storage) \
+  void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor);
+
+namespace mmca::cpu {
+namespace scalar { MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) }
+#if defined(__x86_64__)
+namespace avx2 { MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) }
+namespace avx512 { MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) }
+#endif
+}  // namespace mmca::cpu

@@ -1,0 +1,13 @@
+// Kernels for AVX2 with FMA: Haswell (2013), Excavator and later.
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma")
+
+namespace mmca::cpu::avx2 {
+#include "cpu/simd_avx2.h"
+#include "cpu/kernels.h"
+}  // namespace mmca::cpu::avx2
+#endif

@@ -1,0 +1,107 @@
+// Operands are packed into the two shapes the tiles read; included inside the namespace of an instruction set.
+//
+//     strip or panel of columns  [feature][width]         `width` rows side by side, transposed     (Q strips, K panels)
+//     panels of rows             [feature / lanes][row][lanes]                                      (V, and K, Q, dO again)
+//
+// Missing rows and features are zero. Storage types become the accumulation type here and nowhere else.
+
+// Row `index` of a tensor as contiguous T, padded with zeros to `padded` features. Where the tensor already is that, the
+// row is used in place; otherwise it is copied to `buffer`.
+template <class T, class Storage>
+struct RowReader {
+  const Storage* data;
+  std::int64_t row_stride, feature_stride;
+  int features, padded;
+  bool in_place;
+
+  RowReader(const Input& input, std::int64_t b, std::int64_t h, int features_, int padded_)
+      : data(static_cast<const Storage*>(input.data) + b * input.batch + h * input.head),
+        row_stride(input.row),
+        feature_stride(input.feature),
+        features(features_),
+        padded(padded_),
+        in_place(std::is_same_v<T, Storage> && input.feature == 1 && features_ == padded_) {}
+
+  MMCA_INLINE const T* row(std::int64_t index, T* buffer) const {
+    const Storage* source = data + index * row_stride;
+    if constexpr (std::is_same_v<T, Storage>)
+      if (in_place) return source;
+    if (feature_stride == 1) {
+      for (int d = 0; d < features; ++d) buffer[d] = static_cast<T>(source[d]);
+    } else {
+      for (int d = 0; d < features; ++d) buffer[d] = static_cast<T>(source[d * feature_stride]);
+    }
+    for (int d = features; d < padded; ++d) buffer[d] = T(0);
+    return buffer;
+  }
+};
+
+// out[feature][width] = scale * rows[0..count)[feature]; lanes count..width-1 are zero. Registers that overhang `width`
+// spill into the next feature, which is written after: `out` needs Simd<T>::width spare elements at its end.
+template <class T, int width>
+MMCA_NOINLINE void pack_columns(const T* const* rows, int count, int features, T scale, T* out) {
+  using S = Simd<T>;
+  constexpr int registers = (width + S::width - 1) / S::width;
+  const typename S::Reg factor = S::broadcast(scale);
+  for (int d = 0; d < features; d += S::width) {
+    typename S::Reg block[registers][S::width];
+#pragma GCC unroll 4
+    for (int g = 0; g < registers; ++g) {
+#pragma GCC unroll 16
+      for (int i = 0; i < S::width; ++i) {
+        const int r = g * S::width + i;
+        block[g][i] = r < width && r < count ? S::mul(factor, S::loadu(rows[r] + d)) : S::zero();
+      }
+      S::transpose(block[g]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < S::width; ++i)
+#pragma GCC unroll 4
+      for (int g = 0; g < registers; ++g) S::storeu(out + (d + i) * width + g * S::width, block[g][i]);
+  }
+}
+
+// Writes one row into panels[feature / lanes][row][lanes]; returns x * 0 summed: NaN iff the row has a NaN or an infinity.
+template <class T>
+MMCA_INLINE typename Simd<T>::Reg pack_row(const T* row, int padded, T* panels, std::ptrdiff_t panel_stride,
+                                           typename Simd<T>::Reg finite) {
+  using S = Simd<T>;
+  for (int d = 0; d < padded; d += lanes<T>) {
+    const typename S::Reg x0 = S::loadu(row + d), x1 = S::loadu(row + d + S::width);
+    S::store(panels, x0);
+    S::store(panels + S::width, x1);
+    finite = S::fma(x0, S::zero(), finite);
+    finite = S::fma(x1, S::zero(), finite);
+    panels += panel_stride;
+  }
+  return finite;
+}
+
+template <class T>
+MMCA_INLINE void pack_zero_row(int padded, T* panels, std::ptrdiff_t panel_stride) {
+  using S = Simd<T>;
+  for (int d = 0; d < padded; d += lanes<T>) {
+    S::store(panels, S::zero());
+    S::store(panels + S::width, S::zero());
+    panels += panel_stride;
+  }
+}
+
+template <class T>
+MMCA_INLINE bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+// A weight of zero must hide what it multiplies, and 0 * NaN does not. Panels of rows are therefore kept finite: this
+// zeroes their non-finite elements, and add_non_finite adds these back for the weights that really see them.
+template <class T>
+MMCA_NOINLINE void zero_non_finite(T* panels, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i)
+    if (!is_finite(panels[i])) panels[i] = T(0);
+}
+
+template <class T>
+MMCA_NOINLINE void add_non_finite(const T* row, int features, T weight, T* out) {
+  for (int d = 0; d < features; ++d)
+    if (!is_finite(row[d])) out[d] += weight * row[d];
+}

@@ -1,0 +1,48 @@
+// How a call is cut into work items. Cuts never change a bit of the result: forward rows are independent of each other,
+// and backward cuts follow the shape alone.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/plan.h"
+
+namespace mmca::cpu {
+
+// Rows begin..end-1 of the row list (cpu/rows.h) of one batch and KV head.
+struct ForwardItem {
+  std::int64_t batch, kv_head, begin, end;
+  double cost;
+};
+
+// Heaviest first, a few per thread; chunks are multiples of `row_block` rows, at most `max_rows`.
+std::vector<ForwardItem> forward_items(const Problem& problem, const Plan& plan, int concurrency, int row_block, int max_rows);
+
+// Keys begin..end-1 of one group's list, all rows, of one batch and KV head: owns their dK and dV, and adds its share of
+// dQ to a partial of its own. The last item of a head to finish sums the partials in the order of their slots.
+struct BackwardItem {
+  std::int64_t head;  // index into BackwardWave::heads
+  int group;
+  std::int32_t begin, end;
+  std::int64_t slot;
+  double cost;
+};
+
+struct BackwardHead {
+  std::int64_t batch, kv_head;
+  std::int64_t first_slot, slots;
+};
+
+// Heads whose partials fit in memory together.
+struct BackwardWave {
+  std::vector<BackwardHead> heads;
+  std::vector<BackwardItem> items;  // heaviest first
+  std::unique_ptr<std::atomic<std::int64_t>[]> unfinished;  // items of each head
+};
+
+// `row_bytes`: size of one row of a partial. Item boundaries are multiples of `key_range`.
+std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& plan, int key_range, std::int64_t row_bytes);
+
+}  // namespace mmca::cpu

@@ -1,0 +1,94 @@
+// Simd<T> for AVX2 with FMA: 8 floats or 4 doubles. Interface and notes: simd_scalar.h.
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Scalar = float;
+  using Reg = __m256;
+  static constexpr int width = 8, tile_rows = 6;  // 12 accumulators, 2 operands, 1 broadcast of 16 registers
+
+  static MMCA_INLINE Reg zero() { return _mm256_setzero_ps(); }
+  static MMCA_INLINE Reg broadcast(float x) { return _mm256_set1_ps(x); }
+  static MMCA_INLINE Reg load(const float* p) { return _mm256_load_ps(p); }
+  static MMCA_INLINE Reg loadu(const float* p) { return _mm256_loadu_ps(p); }
+  static MMCA_INLINE void store(float* p, Reg r) { _mm256_store_ps(p, r); }
+  static MMCA_INLINE void storeu(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
+  }
+  static MMCA_INLINE float reduce_add(Reg r) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  static MMCA_INLINE float reduce_max(Reg r) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  static MMCA_INLINE void transpose(Reg (&r)[8]) {
+    Reg pair[8], quad[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      pair[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+      quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+      quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+      quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+      quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+    }
+  }
+};
+
+template <>
+struct Simd<double> {
+  using Scalar = double;
+  using Reg = __m256d;
+  static constexpr int width = 4, tile_rows = 6;
+
+  static MMCA_INLINE Reg zero() { return _mm256_setzero_pd(); }
+  static MMCA_INLINE Reg broadcast(double x) { return _mm256_set1_pd(x); }
+  static MMCA_INLINE Reg load(const double* p) { return _mm256_load_pd(p); }
+  static MMCA_INLINE Reg loadu(const double* p) { return _mm256_loadu_pd(p); }
+  static MMCA_INLINE void store(double* p, Reg r) { _mm256_store_pd(p, r); }
+  static MMCA_INLINE void storeu(double* p, Reg r) { _mm256_storeu_pd(p, r); }
+  static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
+  static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52));
+  }
+  static MMCA_INLINE double reduce_add(Reg r) {
+    const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+  }
+  static MMCA_INLINE double reduce_max(Reg r) {
+    const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+  }
+  static MMCA_INLINE void transpose(Reg (&r)[4]) {
+    const Reg a = _mm256_unpacklo_pd(r[0], r[1]), b = _mm256_unpackhi_pd(r[0], r[1]);
+    const Reg c = _mm256_unpacklo_pd(r[2], r[3]), d = _mm256_unpackhi_pd(r[2], r[3]);
+    r[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    r[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    r[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    r[3] = _mm256_permute2f128_pd(b, d, 0x31);
+  }
+};

@@ -1,0 +1,97 @@
+// Simd<T> for AVX-512F: 16 floats or 8 doubles. Interface and notes: simd_scalar.h.
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Scalar = float;
+  using Reg = __m512;
+  static constexpr int width = 16, tile_rows = 12;  // 24 accumulators, 2 operands, 1 broadcast of 32 registers
+
+  static MMCA_INLINE Reg zero() { return _mm512_setzero_ps(); }
+  static MMCA_INLINE Reg broadcast(float x) { return _mm512_set1_ps(x); }
+  static MMCA_INLINE Reg load(const float* p) { return _mm512_load_ps(p); }
+  static MMCA_INLINE Reg loadu(const float* p) { return _mm512_loadu_ps(p); }
+  static MMCA_INLINE void store(float* p, Reg r) { _mm512_store_ps(p, r); }
+  static MMCA_INLINE void storeu(float* p, Reg r) { _mm512_storeu_ps(p, r); }
+  static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
+  }
+  static MMCA_INLINE float reduce_add(Reg r) { return _mm512_reduce_add_ps(r); }
+  static MMCA_INLINE float reduce_max(Reg r) { return _mm512_reduce_max_ps(r); }
+  static MMCA_INLINE void transpose(Reg (&r)[16]) {
+    Reg pair[16], quad[16], half[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {  // quad[i + c], 128-bit lane l: column 4 l + c of rows i..i+3
+      quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+      quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+      quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+      quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < 4; ++c) {  // then a 4 x 4 transpose of 128-bit lanes for each c
+      half[c] = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0x88);
+      half[4 + c] = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0x88);
+      half[8 + c] = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0xDD);
+      half[12 + c] = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0xDD);
+      r[c] = _mm512_shuffle_f32x4(half[c], half[4 + c], 0x88);
+      r[8 + c] = _mm512_shuffle_f32x4(half[c], half[4 + c], 0xDD);
+      r[4 + c] = _mm512_shuffle_f32x4(half[8 + c], half[12 + c], 0x88);
+      r[12 + c] = _mm512_shuffle_f32x4(half[8 + c], half[12 + c], 0xDD);
+    }
+  }
+};
+
+template <>
+struct Simd<double> {
+  using Scalar = double;
+  using Reg = __m512d;
+  static constexpr int width = 8, tile_rows = 12;
+
+  static MMCA_INLINE Reg zero() { return _mm512_setzero_pd(); }
+  static MMCA_INLINE Reg broadcast(double x) { return _mm512_set1_pd(x); }
+  static MMCA_INLINE Reg load(const double* p) { return _mm512_load_pd(p); }
+  static MMCA_INLINE Reg loadu(const double* p) { return _mm512_loadu_pd(p); }
+  static MMCA_INLINE void store(double* p, Reg r) { _mm512_store_pd(p, r); }
+  static MMCA_INLINE void storeu(double* p, Reg r) { _mm512_storeu_pd(p, r); }
+  static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
+  }
+  static MMCA_INLINE double reduce_add(Reg r) { return _mm512_reduce_add_pd(r); }
+  static MMCA_INLINE double reduce_max(Reg r) { return _mm512_reduce_max_pd(r); }
+  static MMCA_INLINE void transpose(Reg (&r)[8]) {
+    Reg pair[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {  // pair[i + c], 128-bit lane l: column 2 l + c of rows i, i+1
+      pair[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < 2; ++c) {  // then a 4 x 4 transpose of 128-bit lanes for each c
+      const Reg even_low = _mm512_shuffle_f64x2(pair[c], pair[2 + c], 0x88);
+      const Reg even_high = _mm512_shuffle_f64x2(pair[4 + c], pair[6 + c], 0x88);
+      const Reg odd_low = _mm512_shuffle_f64x2(pair[c], pair[2 + c], 0xDD);
+      const Reg odd_high = _mm512_shuffle_f64x2(pair[4 + c], pair[6 + c], 0xDD);
+      r[c] = _mm512_shuffle_f64x2(even_low, even_high, 0x88);
+      r[4 + c] = _mm512_shuffle_f64x2(even_low, even_high, 0xDD);
+      r[2 + c] = _mm512_shuffle_f64x2(odd_low, odd_high, 0x88);
+      r[6 + c] = _mm512_shuffle_f64x2(odd_low, odd_high, 0xDD);
+    }
+  }
+};

@@ -1,0 +1,48 @@
+// Simd<T> in portable C++: 16-byte GNU vectors, which any x86-64 (SSE2) and any other target can run.
+// The interface every simd_*.h offers; included inside the namespace of its instruction set.
+
+template <class T>
+struct Simd {
+  using Scalar = T;
+  typedef T Reg __attribute__((vector_size(16)));
+  using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Bits BitsReg __attribute__((vector_size(16)));
+  static constexpr int width = 16 / sizeof(T);
+  static constexpr int tile_rows = 6;  // a tile is tile_rows x 2 registers of accumulators
+
+  static MMCA_INLINE Reg zero() { return Reg{}; }
+  static MMCA_INLINE Reg broadcast(T x) { return x - Reg{}; }
+  static MMCA_INLINE Reg load(const T* p) { return loadu(p); }
+  static MMCA_INLINE Reg loadu(const T* p) {
+    Reg r;
+    __builtin_memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static MMCA_INLINE void store(T* p, Reg r) { storeu(p, r); }
+  static MMCA_INLINE void storeu(T* p, Reg r) { __builtin_memcpy(p, &r, sizeof r); }
+  static MMCA_INLINE Reg add(Reg a, Reg b) { return a + b; }
+  static MMCA_INLINE Reg sub(Reg a, Reg b) { return a - b; }
+  static MMCA_INLINE Reg mul(Reg a, Reg b) { return a * b; }
+  static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static MMCA_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN
+  // 2^n from a float whose low mantissa bits hold n + exponent bias (see exp2.h).
+  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
+    return (Reg)((BitsReg)t << (sizeof(T) == 4 ? 23 : 52));
+  }
+  static MMCA_INLINE T reduce_add(Reg r) {
+    T sum = r[0];
+    for (int i = 1; i < width; ++i) sum += r[i];
+    return sum;
+  }
+  static MMCA_INLINE T reduce_max(Reg r) {
+    T best = r[0];
+    for (int i = 1; i < width; ++i) best = best > r[i] ? best : r[i];
+    return best;
+  }
+  static MMCA_INLINE void transpose(Reg (&r)[width]) {
+    Reg t[width] = {};
+    for (int i = 0; i < width; ++i)
+      for (int j = 0; j < width; ++j) t[i][j] = r[j][i];
+    for (int i = 0; i < width; ++i) r[i] = t[i];
+  }
+};

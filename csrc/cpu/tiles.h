@@ -1,0 +1,122 @@
+// The three register tiles every matrix product here is made of; included inside the namespace of an instruction set.
+//
+//     C (rows x lanes) (+)= A (rows x depth) * B (depth x lanes)        lanes = 2 registers
+//
+// B is always a packed panel [depth][lanes]. A is read by broadcasts, and the tiles differ in where A's elements lie:
+//     score tile       a packed strip [depth][tile_rows]    S = Q K^T, dP = dO V^T
+//     row tile         rows of a score block, [row][key]    O += P V,  dQ += dS K
+//     transposed tile  its columns, no transpose needed     dV += P^T dO, dK += dS^T Q
+
+template <class T>
+inline constexpr int lanes = 2 * Simd<T>::width;
+template <class T>
+inline constexpr int tile_rows = Simd<T>::tile_rows;
+
+template <class T, int rows>
+using Accumulators = typename Simd<T>::Reg[rows][2];
+
+template <class T, int rows>
+MMCA_INLINE void multiply_add(int depth, const T* a, std::ptrdiff_t depth_stride, std::ptrdiff_t row_stride, const T* b,
+                              Accumulators<T, rows>& c) {
+  using S = Simd<T>;
+#pragma GCC unroll 4
+  for (int k = 0; k < depth; ++k) {
+    const typename S::Reg b0 = S::load(b), b1 = S::load(b + S::width);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      const typename S::Reg x = S::broadcast(a[i * row_stride]);
+      c[i][0] = S::fma(x, b0, c[i][0]);
+      c[i][1] = S::fma(x, b1, c[i][1]);
+    }
+    a += depth_stride;
+    b += lanes<T>;
+  }
+}
+
+template <class T, int rows>
+MMCA_INLINE void load_tile(const T* c, std::ptrdiff_t stride, Accumulators<T, rows>& r) {
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    r[i][0] = Simd<T>::load(c + i * stride);
+    r[i][1] = Simd<T>::load(c + i * stride + Simd<T>::width);
+  }
+}
+
+template <class T, int rows>
+MMCA_INLINE void store_tile(T* c, std::ptrdiff_t stride, const Accumulators<T, rows>& r) {
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    Simd<T>::store(c + i * stride, r[i][0]);
+    Simd<T>::store(c + i * stride + Simd<T>::width, r[i][1]);
+  }
+}
+
+// scores[row][key] = strip * panel; `stride` is constant so that row addresses become displacements.
+template <class T, int rows, int stride>
+MMCA_NOINLINE void score_tile(int depth, const T* strip, const T* panel, T* scores) {
+  Accumulators<T, rows> c;
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) c[i][0] = c[i][1] = Simd<T>::zero();
+  multiply_add<T, rows>(depth, strip, tile_rows<T>, 1, panel, c);
+  store_tile<T, rows>(scores, stride, c);
+}
+
+// The same, and row_max[row] (one register each) becomes the lane-wise maximum of itself and the row's scores.
+template <class T, int rows, int stride>
+MMCA_NOINLINE void score_tile_with_max(int depth, const T* strip, const T* panel, T* scores, T* row_max) {
+  using S = Simd<T>;
+  Accumulators<T, rows> c;
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) c[i][0] = c[i][1] = S::zero();
+  multiply_add<T, rows>(depth, strip, tile_rows<T>, 1, panel, c);
+  store_tile<T, rows>(scores, stride, c);
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i)
+    S::store(row_max + i * S::width, S::max(S::load(row_max + i * S::width), S::max(c[i][0], c[i][1])));
+}
+
+// c[row][feature] = factor[row] * c + weights[row][0..depth) * panel
+template <class T, int rows, int stride>
+MMCA_NOINLINE void rescaled_row_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride, const T* factor) {
+  using S = Simd<T>;
+  Accumulators<T, rows> r;
+  load_tile<T, rows>(c, c_stride, r);
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    const typename S::Reg f = S::broadcast(factor[i]);
+    r[i][0] = S::mul(f, r[i][0]);
+    r[i][1] = S::mul(f, r[i][1]);
+  }
+  multiply_add<T, rows>(depth, weights, 1, stride, panel, r);
+  store_tile<T, rows>(c, c_stride, r);
+}
+
+// c[row][feature] += weights[row][0..depth) * panel
+template <class T, int rows, int stride>
+MMCA_NOINLINE void row_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
+  Accumulators<T, rows> r;
+  load_tile<T, rows>(c, c_stride, r);
+  multiply_add<T, rows>(depth, weights, 1, stride, panel, r);
+  store_tile<T, rows>(c, c_stride, r);
+}
+
+// c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys
+template <class T, int stride>
+MMCA_NOINLINE void transposed_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
+  Accumulators<T, tile_rows<T>> r;
+  load_tile<T, tile_rows<T>>(c, c_stride, r);
+  multiply_add<T, tile_rows<T>>(depth, weights, stride, 1, panel, r);
+  store_tile<T, tile_rows<T>>(c, c_stride, r);
+}
+
+// Calls body(std::integral_constant<int, height>) with the smallest height of a short list that covers `rows`: strips are
+// zero-padded to tile_rows, and few heights keep the code small.
+template <class T, class Body>
+MMCA_INLINE void with_tile_height(int rows, const Body& body) {
+  constexpr int full = tile_rows<T>;
+  if (rows > 8 || (full <= 8 && rows > 4)) body(std::integral_constant<int, full>{});
+  else if (rows > 4) body(std::integral_constant<int, full <= 8 ? full : 8>{});
+  else if (rows > 2) body(std::integral_constant<int, 4>{});
+  else if (rows > 1) body(std::integral_constant<int, 2>{});
+  else body(std::integral_constant<int, 1>{});
+}
