@@ -45,7 +45,8 @@ class Backward {
   using S = Simd<T>;
   static constexpr int strip_rows = tile_rows<T>, width = lanes<T>, block_strips = row_block / strip_rows;
   static constexpr int stride = key_block + 16;
-  static_assert(row_block % strip_rows == 0 && key_block % strip_rows == 0 && key_block % width == 0);
+  static constexpr int key_step = std::lcm(strip_rows, width);  // packed keys are a multiple of both tile sides
+  static_assert(row_block % strip_rows == 0 && key_block % key_step == 0);
 
   class Item {
    public:
@@ -62,7 +63,7 @@ class Backward {
           padded_value_dim_(round_up(value_dim_, width)),
           strip_size_(round_up(head_dim_, S::width) * strip_rows + S::width),
           value_strip_size_(round_up(value_dim_, S::width) * strip_rows + S::width),
-          range_keys_(std::min(key_range, round_up(std::max(item.end - item.begin, 1), key_block))),
+          range_keys_(std::min(key_range, round_up(std::max(item.end - item.begin, 1), key_step))),
           entries_(rows_.size()),
           parent_(parent) {
       const auto keys = static_cast<std::size_t>(range_keys_);
@@ -91,8 +92,8 @@ class Backward {
       for (std::int32_t first = item_.begin; first < item_.end; first += range_keys_) {
         const int keys = std::min(range_keys_, item_.end - first);
         pack_keys(first, keys);
-        std::fill_n(grad_key_, static_cast<std::size_t>(range_keys_) * padded_head_dim_, T(0));
-        std::fill_n(grad_value_, static_cast<std::size_t>(range_keys_) * padded_value_dim_, T(0));
+        std::fill_n(grad_key_, static_cast<std::size_t>(round_up(keys, strip_rows)) * padded_head_dim_, T(0));
+        std::fill_n(grad_value_, static_cast<std::size_t>(round_up(keys, strip_rows)) * padded_value_dim_, T(0));
         for (std::int64_t entry = 0; entry < entries_; entry += row_block) {
           const int rows = static_cast<int>(std::min<std::int64_t>(row_block, entries_ - entry));
           const Range seen = hull(rows_, item_.group, entry, entry + rows);
@@ -301,7 +302,8 @@ class Backward {
     T* touch(std::int64_t entry) {
       T* block = parent_.partial(item_.slot, entry, padded_head_dim_);
       std::uint8_t* touched = parent_.touched(item_.slot, entry);
-      if (!*touched) std::fill_n(block, static_cast<std::size_t>(row_block) * padded_head_dim_, T(0));
+      const std::int64_t rows = std::min<std::int64_t>(row_block, round_up(static_cast<int>(std::min<std::int64_t>(entries_ - entry, row_block)), strip_rows));
+      if (!*touched) std::fill_n(block, rows * padded_head_dim_, T(0));
       *touched = 1;
       return block;
     }

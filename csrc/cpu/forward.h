@@ -11,7 +11,8 @@
 //
 // Layout in scratch: Q' [strip][feature][tile_rows], K [panel][feature][lanes], V [panel][key][lanes],
 // S and P [row][key], O [group][row][feature]. Key blocks start at multiples of key_block of the list and a row's
-// arithmetic does not depend on its neighbours, so neither chunking nor threads change a bit of the result.
+// arithmetic does not depend on its neighbours, so neither chunking nor threads change a bit of the result. Where a head has
+// few rows in all, keys and values are not packed (cpu/few_rows.h).
 
 template <class T, class Storage>
 class Forward {
@@ -47,8 +48,8 @@ class Forward {
           padded_head_dim_(round_up(head_dim_, width)),
           padded_value_dim_(round_up(static_cast<int>(problem.value_dim), width)),
           strip_size_(round_up(head_dim_, S::width) * strip_rows + S::width) {
-      const int padded = round_up(count_, row_block), dim = std::max(padded_head_dim_, padded_value_dim_);
-      query_ = arena.take<T>(static_cast<std::size_t>(padded / strip_rows) * strip_size_);
+      const int padded = round_up(count_, strip_rows), dim = std::max(padded_head_dim_, padded_value_dim_);
+      query_ = arena.take<T>(static_cast<std::size_t>(padded / strip_rows) * strip_size_ + few_rows * padded_head_dim_);
       output_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded * padded_value_dim_);
       lse_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded);
       maximum_ = arena.take<T>(padded);
@@ -61,40 +62,62 @@ class Forward {
       dropout_ = arena.take<T>(key_block);
       buffer_ = arena.take<T>(static_cast<std::size_t>(width) * dim);
       visible_ = arena.take<std::uint8_t>(strip_rows * width);
+      key_row_ = arena.take<const T*>(key_block);
+      value_row_ = arena.take<const T*>(key_block);
       output_stride_ = static_cast<std::ptrdiff_t>(padded) * padded_value_dim_;
       padded_rows_ = padded;
     }
 
     void run() {
-      bool packed = false;
-      for (int group = 0; group < problem_.groups(); ++group) {
-        for (int r = 0; r < count_; ++r) maximum_[r] = -infinity<T>;
-        std::fill_n(sum_, static_cast<std::size_t>(count_) * S::width, T(0));
-        std::fill_n(output(group, 0), output_stride_, T(0));
-        const Range seen = hull(rows_, group, begin_, begin_ + count_);
-        if (seen.size() && !packed) pack_query(), packed = true;
-        for (std::int32_t first = seen.begin / key_block * key_block; first < seen.end; first += key_block) {
-          const int keys = std::min(key_block, seen.end - first);
-          const bool finite = pack_keys(group, first, keys);
-          for (int block = 0; block < count_; block += row_block) attend(group, block, first, keys, finite);
-        }
-        normalise(group);
+      direct_ = rows_.size() <= few_rows;  // by the shape: the same bits however rows are cut into items
+      attend_to_all();
+      if (direct_ && !outputs_finite()) {  // perhaps a NaN that a row must not see: packed panels keep those apart
+        direct_ = false;
+        attend_to_all();
       }
       for (int r = 0; r < count_; ++r) write_row(r);
     }
 
    private:
+    void attend_to_all() {
+      bool packed = false;
+      for (int group = 0; group < problem_.groups(); ++group) {
+        for (int r = 0; r < count_; ++r) maximum_[r] = -infinity<T>;
+        std::fill_n(sum_, static_cast<std::size_t>(count_) * S::width, T(0));
+        std::fill_n(output(group, 0), static_cast<std::ptrdiff_t>(count_) * padded_value_dim_, T(0));
+        const Range seen = hull(rows_, group, begin_, begin_ + count_);
+        if (seen.size() && !packed) pack_query(), packed = true;
+        for (std::int32_t first = seen.begin / key_block * key_block; first < seen.end; first += key_block) {
+          const int keys = std::min(key_block, seen.end - first);
+          const bool finite = direct_ ? find_keys(group, first, keys) : pack_keys(group, first, keys);
+          for (int block = 0; block < count_; block += row_block) attend(group, block, first, keys, finite);
+        }
+        normalise(group);
+      }
+    }
+
+    bool outputs_finite() {
+      for (int group = 0; group < problem_.groups(); ++group)
+        for (int i = 0; i < count_ * padded_value_dim_; ++i)
+          if (!is_finite(output(group, 0)[i])) return false;
+      return true;
+    }
+
     T* output(int group, int row) { return output_ + group * output_stride_ + static_cast<std::ptrdiff_t>(row) * padded_value_dim_; }
 
     void pack_query() {
       const T scale = static_cast<T>(problem_.scale * log2_e);
       const T* source[strip_rows];
-      for (int first = 0; first < count_; first += strip_rows) {
+      for (int first = 0; direct_ && first < count_; ++first) {
+        const Row row = rows_.at(begin_ + first);
+        const T* from = query_reader(row).row(row.row, buffer_);
+        for (int d = 0; d < padded_head_dim_; ++d) query_[first * padded_head_dim_ + d] = scale * from[d];
+      }
+      for (int first = 0; !direct_ && first < count_; first += strip_rows) {
         const int n = std::min(strip_rows, count_ - first);
         for (int r = 0; r < n; ++r) {
           const Row row = rows_.at(begin_ + first + r);
-          const RowReader<T, Storage> reader(problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_);
-          source[r] = reader.row(row.row, buffer_ + r * padded_head_dim_);
+          source[r] = query_reader(row).row(row.row, buffer_ + r * padded_head_dim_);
         }
         pack_columns<T, strip_rows>(source, n, head_dim_, scale, query_ + static_cast<std::ptrdiff_t>(first / strip_rows) * strip_size_);
       }
@@ -103,8 +126,7 @@ class Forward {
     // Packs a block of keys and values; false if a value is not finite (it is then zero in the panels).
     bool pack_keys(int group, std::int32_t first, int keys) {
       const KeyList& list = rows_.plan.keys[group];
-      const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
-      const RowReader<T, Storage> value = value_reader();
+      const RowReader<T, Storage> key = key_reader(), value = value_reader();
       constexpr std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(key_block) * width;
       const T* source[width];
       typename S::Reg finite = S::zero();
@@ -121,6 +143,24 @@ class Forward {
       return false;
     }
 
+    // Points at a block of keys and values where they lie, or at copies if they lie unfit; tail lanes repeat the last key.
+    bool find_keys(int group, std::int32_t first, int keys) {
+      const KeyList& list = rows_.plan.keys[group];
+      const RowReader<T, Storage> key = key_reader(), value = value_reader();
+      for (int c = 0; c < round_up(keys, width); ++c) {
+        const std::int32_t position = list.position(first + std::min(c, keys - 1));
+        key_row_[c] = key.row(position, keys_ + c * padded_head_dim_);
+        value_row_[c] = value.row(position, values_ + c * padded_value_dim_);
+      }
+      return true;
+    }
+
+    RowReader<T, Storage> query_reader(Row row) const {
+      return {problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_};
+    }
+    RowReader<T, Storage> key_reader() const {
+      return {problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_};
+    }
     RowReader<T, Storage> value_reader() const {
       return {problem_.value, rows_.batch, rows_.kv_head, static_cast<int>(problem_.value_dim), padded_value_dim_};
     }
@@ -132,7 +172,9 @@ class Forward {
       score(group, block, rows, first, keys, live);
       for (int s = 0; s < strips; ++s)
         if (live[s]) softmax(group, block + s * strip_rows, std::min(strip_rows, rows - s * strip_rows), s, first, live[s]);
-      for (int d = 0; d < padded_value_dim_; d += width)
+      for (int s = 0; direct_ && s < strips; ++s)
+        if (live[s]) weigh_values_directly(output(group, s * strip_rows), s, std::min(strip_rows, rows - s * strip_rows), live[s]);
+      for (int d = 0; !direct_ && d < padded_value_dim_; d += width)
         for (int s = 0; s < strips; ++s)
           if (live[s]) weigh_values(output(group, block + s * strip_rows) + d, s, std::min(strip_rows, rows - s * strip_rows),
                                     values_ + static_cast<std::ptrdiff_t>(d) * key_block, live[s]);
@@ -152,31 +194,34 @@ class Forward {
       for (int i = 0; i < rows * S::width; i += S::width) S::store(row_max_ + i, S::broadcast(-infinity<T>));
       for (int c = 0; c < keys; c += width) {
         const std::int32_t key = first + c;
-        const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
         for (int s = 0; s < strips; ++s) {
           if (key >= range[s].any.end || key + width <= range[s].any.begin) continue;
           const int n = std::min(strip_rows, rows - s * strip_rows);
-          const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
           T* scores = scores_ + s * strip_rows * stride + c;
           T* row_max = row_max_ + s * strip_rows * S::width;
-          if (!visibility.has_mask() && key >= range[s].all.begin && key + width <= range[s].all.end) {
-            with_tile_height<T>(n, [&](auto height) {
-              score_tile_with_max<T, height.value, stride>(head_dim_, strip, panel, scores, row_max);
-            });
-            live[s] |= std::uint64_t{1} << (c / width);
-            continue;
-          }
-          const auto tile = visibility.look<width>(begin_ + block + s * strip_rows, n, key, visible_);
+          auto tile = Visibility::all;
+          if (visibility.has_mask() || key < range[s].all.begin || key + width > range[s].all.end)
+            tile = visibility.look<width>(begin_ + block + s * strip_rows, n, key, visible_);
           if (tile == Visibility::none) {
             for (int r = 0; r < n; ++r) std::fill_n(scores + r * stride, width, -infinity<T>);
             continue;
           }
           live[s] |= std::uint64_t{1} << (c / width);
-          with_tile_height<T>(n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
+          const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
+          const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
+          if (direct_) {
+            direct_score_tile<T, stride>(n, padded_head_dim_, query_ + s * strip_rows * padded_head_dim_, key_row_ + c, scores);
+          } else if (tile == Visibility::all) {
+            with_tile_height<T>(n, [&](auto height) {
+              score_tile_with_max<T, height.value, stride>(head_dim_, strip, panel, scores, row_max);
+            });
+            continue;
+          } else {
+            with_tile_height<T>(n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
+          }
           for (int r = 0; r < n; ++r) {
-            T* row = scores + r * stride;
+            T *row = scores + r * stride, *best = row_max + r * S::width;
             if (tile == Visibility::some) hide<T, width>(row, visible_ + r * width, -infinity<T>);
-            T* best = row_max + r * S::width;
             S::store(best, S::max(S::load(best), S::max(S::load(row), S::load(row + S::width))));
           }
         }
@@ -224,6 +269,13 @@ class Forward {
         rescale = false;
         live = from + run >= 64 ? 0 : live >> (from + run) << (from + run);
       }
+    }
+
+    // The same from values where they lie; dead panels inside have weights of zero.
+    void weigh_values_directly(T* out, int strip, int rows, std::uint64_t live) {
+      const int from = __builtin_ctzll(live) * width, to = (64 - __builtin_clzll(live)) * width;
+      direct_weigh<T, stride>(rows, to - from, scores_ + strip * strip_rows * stride + from, value_row_ + from, padded_value_dim_, out,
+                              factor_ + strip * strip_rows);
     }
 
     // The values that are NaN or infinite, for the rows that see them (see cpu/pack.h).
@@ -283,9 +335,11 @@ class Forward {
     const std::int64_t begin_;  // first entry of the row list
     const int count_, head_dim_, padded_head_dim_, padded_value_dim_, strip_size_;
     int padded_rows_;
+    bool direct_ = false;  // products without packing (cpu/few_rows.h)
     std::ptrdiff_t output_stride_;
     T *query_, *output_, *lse_, *maximum_, *sum_, *keys_, *values_, *scores_, *row_max_, *factor_, *dropout_, *buffer_;
     std::uint8_t* visible_;
+    const T **key_row_, **value_row_;
   };
 
   const Problem& problem_;

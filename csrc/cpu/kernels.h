@@ -8,6 +8,7 @@
 #include "cpu/rows.h"
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
+#include "cpu/few_rows.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
 
