@@ -23,10 +23,13 @@ class SerialExecutor final : public Executor {
   }
 };
 
+// Waking a worker costs microseconds: it must find at least this many multiply-adds to do.
+inline constexpr double worth_a_worker = 1e5;
+
 // Hands items 0..count-1 to workers one at a time, in order: put the heaviest first. Which worker takes which item must
-// not matter to the result.
+// not matter to the result. `work`: multiply-adds of all items together.
 template <class Body>
-void for_each_item(Executor& executor, std::int64_t count, const Body& body) {
+void for_each_item(Executor& executor, std::int64_t count, double work, const Body& body) {
   if (count <= 0) return;
   struct Queue {
     std::atomic<std::int64_t> next{0};
@@ -39,8 +42,8 @@ void for_each_item(Executor& executor, std::int64_t count, const Body& body) {
     Queue& queue = *static_cast<Queue*>(context);
     for (std::int64_t item; (item = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.count;) (*queue.body)(item);
   };
-  const auto workers = static_cast<int>(std::min<std::int64_t>(executor.concurrency(), count));
-  if (workers == 1) {
+  const auto workers = static_cast<int>(std::min({static_cast<double>(executor.concurrency()), static_cast<double>(count), work / worth_a_worker}));
+  if (workers <= 1) {
     drain(&queue, 0);
   } else {
     executor.run(workers, drain, &queue);

@@ -136,7 +136,7 @@ SequencePlan plan_mmca(const Problem& problem, const std::int32_t* modality, con
 
 Plan make_plan(const Problem& problem) {
   Plan plan;
-  if (problem.modality) {
+  if (problem.is_mmca) {
     for (std::int64_t b = 0; b < problem.batch; ++b)
       plan.sequences.push_back(plan_mmca(problem, problem.modality + b * problem.k_len,
                                          problem.image_id ? problem.image_id + b * problem.k_len : nullptr));

@@ -66,10 +66,12 @@ struct Problem {
   std::int64_t window_right = -1;              // j <= p + right; -1: unbounded
   Strided<const std::uint8_t*> attn_mask;      // (batch, q_heads, q_len, k_len), non-zero: attend; null: none
   const std::uint8_t* key_mask = nullptr;      // (batch, k_len) contiguous, non-zero: attend; null: none
-  const std::int32_t* modality = nullptr;      // (batch, k_len) contiguous: 0 padding, 1 text, >= 2 image; null: not MMCA
+  bool is_mmca = false;                        // two key groups, by modality; false: one group, and nothing below counts
+  const std::int32_t* modality = nullptr;      // (batch, k_len) contiguous: 0 padding, 1 text, >= 2 image
   const std::int32_t* image_id = nullptr;      // (batch, k_len) contiguous, for ImageRows::block; null: runs of modality
   ImageRows image_rows = ImageRows::self;
   Merge merge = Merge::sum;
+
   Dropout dropout;
 
   // Inputs, and the forward's results (read again by the backward). `value`'s feature count is value_dim.
@@ -84,8 +86,8 @@ struct Problem {
   RowStatistic<const void*> grad_lse;  // null: no gradient arrives at lse
   Output grad_query, grad_key, grad_value;
 
-  int groups() const { return modality ? 2 : 1; }
-  bool joint() const { return !modality || merge == Merge::lse; }  // one softmax normalises all groups
+  int groups() const { return is_mmca ? 2 : 1; }
+  bool joint() const { return !is_mmca || merge == Merge::lse; }  // one softmax normalises all groups
   std::int64_t heads_per_kv() const { return q_heads / kv_heads; }
   std::int64_t row_shift() const { return k_len - q_len; }  // position of row 0
 };

@@ -17,7 +17,7 @@ void attention_forward(const Problem& problem, const Plan& plan, Executor& execu
   using Kernel = Forward<T, Storage>;
   const auto items = forward_items(problem, plan, executor.concurrency(), Kernel::row_block, Kernel::max_chunk);
   const Kernel kernel(problem, plan, items);
-  for_each_item(executor, static_cast<std::int64_t>(items.size()), kernel);
+  for_each_item(executor, static_cast<std::int64_t>(items.size()), multiply_adds(problem, items, 1), kernel);
 }
 
 template <class T, class Storage>
@@ -35,7 +35,7 @@ void attention_backward(const Problem& problem, const Plan& plan, Executor& exec
     std::uint8_t* touched = arena.take<std::uint8_t>(flags);
     std::fill_n(touched, flags, std::uint8_t{0});
     const Kernel kernel(problem, plan, wave, partials, touched);
-    for_each_item(executor, static_cast<std::int64_t>(wave.items.size()), kernel);
+    for_each_item(executor, static_cast<std::int64_t>(wave.items.size()), multiply_adds(problem, wave.items, 3), kernel);
   }
 }
 

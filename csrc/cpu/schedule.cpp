@@ -33,7 +33,7 @@ std::vector<ForwardItem> forward_items(const Problem& problem, const Plan& plan,
       double cost = 1;
       for (int g = 0; g < problem.groups(); ++g)
         for (std::int64_t index = begin / heads; index <= (end - 1) / heads; ++index)
-          cost += sequence.ranges[g][static_cast<std::size_t>(index)].size();
+          cost += static_cast<double>(sequence.ranges[g][static_cast<std::size_t>(index)].size() * heads);
       for (std::int64_t h = 0; h < problem.kv_heads; ++h) items.push_back({b, h, begin, end, cost});
     }
   }
@@ -60,7 +60,7 @@ std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& pla
           const auto end = static_cast<std::int32_t>(std::min(keys, ranges * (part + 1) / parts * key_range));
           double cost = 1;
           for (const Range& range : sequence.ranges[g])
-            cost += std::max(0, std::min(range.end, end) - std::max(range.begin, begin));
+            cost += static_cast<double>(std::max(0, std::min(range.end, end) - std::max(range.begin, begin)) * problem.heads_per_kv());
           items.push_back({0, g, begin, end, 0, cost});
         }
       }

@@ -14,11 +14,19 @@ namespace mmca::cpu {
 // Rows begin..end-1 of the row list (cpu/rows.h) of one batch and KV head.
 struct ForwardItem {
   std::int64_t batch, kv_head, begin, end;
-  double cost;
+  double cost;  // row-key pairs
 };
 
 // Heaviest first, a few per thread; chunks are multiples of `row_block` rows, at most `max_rows`.
 std::vector<ForwardItem> forward_items(const Problem& problem, const Plan& plan, int concurrency, int row_block, int max_rows);
+
+// Multiply-adds of all items together; `products`: matrix products of each width, 1 forward, 2.5 (rounded up) backward.
+template <class Item>
+double multiply_adds(const Problem& problem, const std::vector<Item>& items, int products) {
+  double pairs = 0;
+  for (const Item& item : items) pairs += item.cost;
+  return pairs * products * static_cast<double>(problem.head_dim + problem.value_dim);
+}
 
 // Keys begin..end-1 of one group's list, all rows, of one batch and KV head: owns their dK and dV, and adds its share of
 // dQ to a partial of its own. The last item of a head to finish sums the partials in the order of their slots.
@@ -27,7 +35,7 @@ struct BackwardItem {
   int group;
   std::int32_t begin, end;
   std::int64_t slot;
-  double cost;
+  double cost;  // row-key pairs
 };
 
 struct BackwardHead {

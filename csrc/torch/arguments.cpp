@@ -134,6 +134,7 @@ void Arguments::set_modality(const at::Tensor& ids, const OptionalTensor& images
   const auto* value = modality.const_data_ptr<std::int32_t>();
   for (std::int64_t i = 0; i < modality.numel(); ++i)
     TORCH_CHECK_VALUE(value[i] >= 0, op, ": modality must be 0 (padding), 1 (text) or >= 2 (image), got ", value[i]);
+  p.is_mmca = true;
   p.modality = value;
   if (images) {
     image_id = token_ids(op, "image_id", *images, p, ids);
@@ -169,9 +170,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Arguments::allocate_results(const
   Problem& p = problem;
   const auto options = query.options();
   const at::Tensor out = empty_ordered_like(query, p.batch, p.q_heads, p.q_len, p.value_dim);
-  const at::Tensor lse = p.modality ? at::empty({2, p.batch, p.q_heads, p.q_len}, options) : at::empty({p.batch, p.q_heads, p.q_len}, options);
+  const at::Tensor lse = p.is_mmca ? at::empty({2, p.batch, p.q_heads, p.q_len}, options) : at::empty({p.batch, p.q_heads, p.q_len}, options);
   at::Tensor group_out;
-  if (p.modality) {
+  if (p.is_mmca) {
     group_out = save_group_out ? at::empty({2, p.batch, p.q_heads, p.q_len, p.value_dim}, options) : at::empty({0}, options);
     if (save_group_out) p.group_out = group_out.mutable_data_ptr();
   }
@@ -190,10 +191,10 @@ void Arguments::set_results(const at::Tensor& out, const at::Tensor& lse, const 
   TORCH_CHECK_TYPE(out.scalar_type() == dtype_ && grad_out.scalar_type() == dtype_, op, ": out and grad_out must have the query's dtype ",
                    dtype_, ", got ", out.scalar_type(), " and ", grad_out.scalar_type());
   const auto is_statistic = [&](const at::Tensor& t) {
-    return t.scalar_type() == dtype_ && (p.modality ? t.dim() == 4 && t.size(0) == 2 && t.sizes().slice(1) == lse_shape : t.sizes() == lse_shape);
+    return t.scalar_type() == dtype_ && (p.is_mmca ? t.dim() == 4 && t.size(0) == 2 && t.sizes().slice(1) == lse_shape : t.sizes() == lse_shape);
   };
   TORCH_CHECK_VALUE(is_statistic(lse) && (!grad_lse_ || is_statistic(*grad_lse_)), op, ": lse and its gradient must be ", dtype_,
-                    " of shape ", p.modality ? "(2, B, Hq, Lq)" : "(B, Hq, Lq)", ", got ", lse.sizes());
+                    " of shape ", p.is_mmca ? "(2, B, Hq, Lq)" : "(B, Hq, Lq)", ", got ", lse.sizes());
   if (!p.joint()) {
     TORCH_CHECK_VALUE(group_out.dim() == 5 && group_out.size(0) == 2 && group_out.sizes().slice(1) == out_shape && group_out.is_contiguous() &&
                           group_out.scalar_type() == dtype_,
