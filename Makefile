@@ -1,0 +1,89 @@
+# Everything a fresh clone needs, one word each. The first call makes a virtual environment in .venv and builds into it;
+# later calls rebuild what changed.
+
+PYTHON     ?= python3
+VENV       ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+LINT_TOOLS := ruff==0.17.6 clang-format==23.1.5
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+# Folders too, so that a new or a deleted file is noticed.
+BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
+CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.PHONY: help demo test bench fuzz packaging sanitize lint format build clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS FUZZ_CASES; CUDA: see setup.py'
+
+demo: build  ## train the captioner on real digits and draw what it looks at
+	$(PY) -m mmca_ext.demo train $(DEMO_ARGS)
+
+test: build $(VENV)/.cpp-tools  ## all tests (TESTS="tests/test_x.py -k y" for some)
+	$(PY) -m pytest -q $(TESTS)
+
+bench: build $(VENV)/.cpp-tools  ## side by side with torch's own attention
+	$(PY) -m bench $(BENCH_ARGS)
+
+FUZZ_CASES ?= 100000
+fuzz: build  ## random cases against fp64, ten times as many as in the tests
+	MMCA_EXT_FUZZ_CASES=$(FUZZ_CASES) $(PY) -m pytest -q -m fuzz
+
+packaging: build  ## every way to build and install, with and without isolation and torch
+	$(PIP) install build
+	MMCA_EXT_PACKAGING=all $(PY) -m pytest -q tests/test_packaging.py
+
+sanitize: $(VENV)/.cpp-tools  ## the C++ suite under address, undefined-behaviour and thread sanitizers
+	for kind in address,undefined thread; do \
+	  cmake -S tests/cpp -B build/cpp-$$kind -DMMCA_SANITIZE=$$kind && cmake --build build/cpp-$$kind --parallel && \
+	  ctest --test-dir build/cpp-$$kind --output-on-failure || exit 1; \
+	done
+
+lint: $(VENV)/.lint-tools  ## check style (what the pre-commit hook does)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.lint-tools  ## mend style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info mmca_ext/_C.*.so $(VENV)/.built
+
+# Set-up, each step once.
+
+build: $(VENV)/.built  ## compile and install into .venv, editable
+
+# Editable: the tests run this tree with the extension compiled from it; tests/test_packaging.py holds the wheel to the
+# same. Without isolation, so that it is compiled against the torch it will run with.
+$(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)
+	@echo 'building mmca_ext (minutes the first time, seconds after)'
+	$(PIP) install --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	@$(PY) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH_SPEC)'; $(PIP) install '$(TORCH_SPEC)'; }
+	$(PIP) install 'setuptools>=77' ninja
+	@touch $@
+
+$(VENV)/.python:
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.python
+	$(PIP) install $(LINT_TOOLS)
+	@touch $@
+
+# GoogleTest and Google Benchmark: Debian's packages if that is simple, else CMake fetches them, else they are skipped.
+$(VENV)/.cpp-tools: $(VENV)/.python
+	@if [ ! -e /usr/include/gtest/gtest.h ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo 'installing libgtest-dev libbenchmark-dev'; \
+	  { timeout 120 apt-get -qq update; timeout 300 apt-get -qq install -y libgtest-dev libbenchmark-dev; } \
+	    >/dev/null 2>&1 || echo 'could not; C++ tests will be skipped unless CMake can fetch GoogleTest'; \
+	fi
+	@touch $@
