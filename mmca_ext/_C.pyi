@@ -1,0 +1,85 @@
+"""The compiled part: kernels and their binding. Importing it also registers torch.ops.mmca_ext.*"""
+
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+class Kernel(TypedDict):
+    name: str
+    op: Literal["attention_forward", "attention_backward"]
+    dtype: str
+    device: str
+    isa: str
+    available: bool  # it can run on this machine
+    selected: bool  # it serves its (op, dtype, device)
+    reason: str  # why it is, or is not, the one that serves
+    launches: int  # how often it has run in this process
+
+def build_info() -> dict[str, Any]: ...
+def cpu_features() -> dict[str, bool]: ...
+def kernels() -> list[Kernel]: ...
+def forced_isa() -> str | None: ...
+def force_isa(isa: str | None) -> None: ...
+
+# The kernels themselves: no dispatcher, no autograd.
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]: ...
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def mmca_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    modality: Tensor,
+    image_id: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    image_rows: str = "self",
+    merge: str = "sum",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    save_group_out: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def mmca_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    group_out: Tensor,
+    modality: Tensor,
+    image_id: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    image_rows: str = "self",
+    merge: str = "sum",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]: ...

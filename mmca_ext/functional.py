@@ -1,0 +1,234 @@
+"""The operators. Tensors are (B, H, L, D), as in `torch.nn.functional.scaled_dot_product_attention`, with any strides.
+
+!!! `is_causal` HERE IS BOTTOM-RIGHT ALIGNED: query row i sees the keys j <= i + (Lk - Lq), so the last query sees every
+!!! key (FlashAttention's convention, what decoding with a KV cache needs). SDPA's `is_causal` is top-left, j <= i. The
+!!! two agree only when Lq == Lk.
+
+`mmca_ext.reference` has every function here in plain PyTorch, including the arguments not built into the kernels yet.
+"""
+
+import torch
+
+from .reference import LinearState, attention_map, dropout_mask, merge_attention
+from .reference.inputs import parse_window
+from .reference.mmca import IMAGE_ROWS, MERGES
+from .reference.philox import _draw_rng_state
+
+__all__ = [
+    "LinearState",
+    "attention",
+    "attention_map",
+    "dropout_mask",
+    "linear_attention",
+    "merge_attention",
+    "mmca_attention",
+]
+
+_attention = torch.ops.mmca_ext.attention.default
+_mmca_attention = torch.ops.mmca_ext.mmca_attention.default
+
+_BUILT_DTYPES = frozenset((torch.float32, torch.float64))
+_BUILT_MERGES = frozenset(("sum", "lse"))
+_UNBUILT_DTYPES = frozenset((torch.float16, torch.bfloat16))
+
+
+def attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    *,
+    key_mask=None,
+    window=None,
+    softcap=None,
+    generator=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    deterministic=False,
+    return_lse=False,
+):
+    """Attention with grouped heads: softmax of scale * Q K^T over the visible keys, times V. Nothing is Lq x Lk.
+
+    CAUSAL IS BOTTOM-RIGHT: row i sees j <= i + (Lk - Lq). SDPA's `is_causal` is top-left and differs when Lq != Lk.
+
+    Sources: Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; grouped heads: Ainslie et al. 2023 (arXiv 2305.13245);
+    the streaming softmax and its backward: Dao et al. 2022 (arXiv 2205.14135), algorithms 1 and 4.
+
+    Args:
+        query: (B, Hq, Lq, D), float32 or float64. D, Dv: 1 to 256.
+        key: (B, Hkv, Lk, D). Hq is a multiple of Hkv; query head h uses KV head h // (Hq / Hkv).
+        value: (B, Hkv, Lk, Dv).
+        attn_mask: boolean, broadcastable to (B, Hq, Lq, Lk), True = attend.
+        dropout_p: probability of dropping an attention weight, in [0, 1]; see `dropout_mask`.
+        is_causal: row i sees j <= i + (Lk - Lq).
+        scale: factor on the scores; 1 / sqrt(D) by default.
+        key_mask: boolean (B, Lk), True = attend: padding, cheaper than a mask of all pairs.
+        window: (left, right), inclusive: row i at p = i + (Lk - Lq) sees p - left <= j <= p + right; None or -1 is
+            unbounded. All of attn_mask, key_mask, is_causal and window apply together.
+        softcap: not built into the kernels yet.
+        generator: torch.Generator the dropout seed is drawn from; by default that of query's device.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: not built into the kernels yet.
+        deterministic: accepted; every kernel gives the same bits every time.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in query's dtype (float32 under autocast), laid out in memory as query is: where query is a
+        (B, L, H, D) projection seen as (B, H, L, D), `out.transpose(1, 2).flatten(2)` is free. With return_lse the pair
+        (out, lse), lse (B, Hq, Lq) in float32 (float64 for float64), natural logarithm, differentiable. A row that sees
+        no key is 0, its lse -inf, its gradients 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        NotImplementedError: an argument or dtype without a kernel yet; `mmca_ext.reference.attention` has it.
+    """
+    if softcap or cu_seqlens_q is not None or cu_seqlens_k is not None or max_seqlen_q or max_seqlen_k:
+        _refuse_attention(softcap, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        raise _not_built("attention", "a float attn_mask (additive bias)")
+    if query.dtype not in _BUILT_DTYPES:
+        _refuse_dtype("attention", query)
+    left, right = (-1, -1) if window is None else parse_window(window)
+    rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
+    out, lse = _attention(query, key, value, attn_mask, key_mask, rng_state, scale, is_causal, left, right, dropout_p)
+    return (out, lse) if return_lse else out
+
+
+def mmca_attention(
+    query,
+    key,
+    value,
+    modality,
+    *,
+    image_rows="self",
+    merge="sum",
+    gate=None,
+    image_id=None,
+    dropout_p=0.0,
+    scale=None,
+    softcap=None,
+    generator=None,
+    cu_seqlens=None,
+    max_seqlen=None,
+    deterministic=False,
+    return_lse=False,
+):
+    """Multi-modal causal attention on one sequence of text and image tokens, with one softmax per modality.
+
+    Source: Yao et al., "DeepSpeed-VisualChat", arXiv 2309.14327, section on Multi-Modal Causal Attention. The attention
+    is causal by position: the queries are the last Lq tokens, row i stands at p = i + (Lk - Lq).
+
+    A text row has two softmaxes, over the text and over the image tokens j <= p; before the first image the image term
+    is 0. An image row, by `image_rows`:
+        "self": copies its own value ("visual tokens attend only to themselves"); costs O(D).
+        "block": attends to all tokens of its own image, earlier and later. An image is a maximal run of neighbouring
+            non-text tokens of one modality, or, given `image_id`, of one image_id.
+        "causal": like a text row, itself included in the image group.
+        "self+text": its own value as the image term, plus a softmax over the earlier text.
+    Padding is never a key, and its rows are 0.
+
+    Args:
+        query: (B, Hq, Lq, D), float32 or float64. D, Dv: 1 to 256.
+        key, value: (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv); query head h uses KV head h // (Hq / Hkv).
+        modality: integers (B, Lk): 0 padding, 1 text, 2 and above non-text.
+        image_rows: "self", "block", "causal" or "self+text".
+        merge: how the two terms become one: "sum", or "lse": sum_r exp(lse_r - LSE) O_r, exactly the joint softmax over
+            both groups, for weights trained with ordinary causal attention. "gate" and "none" are not built yet.
+        gate: weights of the groups for merge="gate"; not built yet.
+        image_id: integers (B, Lk), see "block".
+        dropout_p, scale, generator, deterministic: as in `attention`. The own value of an image row under "self" and
+            "self+text" is not dropped.
+        softcap, cu_seqlens, max_seqlen: not built into the kernels yet.
+        return_lse: also return the log-sum-exp of each group.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in query's dtype, laid out in memory as query is; with return_lse (out, lse), lse
+        (2, B, Hq, Lq) of text and image in float32 (float64 for float64), -inf for an empty group, differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        NotImplementedError: an argument or dtype without a kernel yet; `mmca_ext.reference.mmca_attention` has it.
+    """
+    if image_rows not in IMAGE_ROWS:
+        raise ValueError(f"image_rows must be one of {IMAGE_ROWS}, got {image_rows!r}")
+    if merge not in _BUILT_MERGES or gate is not None or softcap or cu_seqlens is not None or max_seqlen:
+        _refuse_mmca(merge, gate, softcap, cu_seqlens, max_seqlen)
+    if query.dtype not in _BUILT_DTYPES:
+        _refuse_dtype("mmca_attention", query)
+    rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
+    out, lse, _ = _mmca_attention(
+        query, key, value, modality, image_id, rng_state, image_rows, merge, scale, dropout_p, False
+    )
+    return (out, lse) if return_lse else out
+
+
+def linear_attention(
+    query,
+    key,
+    value,
+    is_causal=False,
+    *,
+    key_mask=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    state=None,
+    return_state=False,
+):
+    """Attention in time linear in the sequence length. Not built yet; `mmca_ext.reference.linear_attention` has it.
+
+    out_i = phi(q_i) . S_i / (phi(q_i) . z_i), S_i = sum_j phi(k_j) v_j^T, z_i = sum_j phi(k_j), phi(x) = elu(x) + 1:
+    Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 5 to 7. Causal is BOTTOM-RIGHT: j <= i + (Lk - Lq).
+
+    Args:
+        query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
+        is_causal: row i sees j <= i + (Lk - Lq).
+        key_mask: boolean (B, Lk), True = attend.
+        cu_seqlens_q, cu_seqlens_k: integer (N + 1,) offsets of packed sequences (T, H, D).
+        state: LinearState(S (B, Hkv, D, Dv), z (B, Hkv, D)) of earlier keys, in place of a KV cache.
+        return_state: also return the state after this call's keys.
+
+    Returns:
+        out (B, Hq, Lq, Dv); with return_state (out, LinearState).
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _not_built("linear_attention", "linear_attention")
+
+
+def _not_built(function, argument):
+    return NotImplementedError(
+        f"{argument} is not built into the kernels yet; mmca_ext.reference.{function} has it (readable PyTorch, slower)"
+    )
+
+
+def _refuse_attention(softcap, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    if softcap:
+        raise _not_built("attention", "softcap")
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        raise ValueError("max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k")
+    raise _not_built("attention", "cu_seqlens_q and cu_seqlens_k (packed sequences)")
+
+
+def _refuse_mmca(merge, gate, softcap, cu_seqlens, max_seqlen):
+    if merge not in MERGES:
+        raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
+    if gate is not None and merge != "gate":
+        raise ValueError(f'gate goes with merge="gate" only, got merge={merge!r}')
+    if merge not in _BUILT_MERGES:
+        raise _not_built("mmca_attention", f"merge={merge!r}")
+    if softcap:
+        raise _not_built("mmca_attention", "softcap")
+    if cu_seqlens is None:
+        raise ValueError("max_seqlen belongs to cu_seqlens")
+    raise _not_built("mmca_attention", "cu_seqlens (packed sequences)")
+
+
+def _refuse_dtype(function, query):
+    """Half precision without autocast; everything else is for the operator's own checks to judge."""
+    if query.dtype in _UNBUILT_DTYPES and not torch.is_autocast_enabled(query.device.type):
+        raise _not_built(function, f"query of dtype {query.dtype}")
