@@ -1,0 +1,88 @@
+"""What a user would write without this library: the peers our operators are measured against.
+
+MMCA here is the sum of two softmaxes (text keys, image keys), arXiv 2309.14327; image rows keep their own value ("self")
+or attend within their image ("block"). Every peer returns the same numbers; `python -m bench` checks it before timing.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def sdpa(query, key, value, is_causal=False, attn_mask=None):
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+class Segments:
+    """An interleaved sequence, e.g. [("text", 64), ("image", 576)], with the masks and slices the peers need."""
+
+    def __init__(self, segments):
+        self.segments = segments
+        kinds, starts, position = [], [], 0
+        for kind, length in segments:
+            starts.append(position)
+            kinds += [1 if kind == "text" else 2] * length
+            position += length
+        self.length, self.starts = position, starts
+        self.modality = torch.tensor(kinds)
+        image = torch.zeros(position, dtype=torch.long)
+        for index, (start, (_, length)) in enumerate(zip(starts, segments, strict=True)):
+            image[start : start + length] = index
+        causal = torch.ones(position, position, dtype=torch.bool).tril()
+        text = self.modality == 1
+        self.text_rows, self.image_rows = text.nonzero()[:, 0], (~text).nonzero()[:, 0]
+        self.text_mask = causal & text & text[:, None]
+        self.image_mask = causal & ~text & text[:, None]
+        self.self_mask = torch.eye(position, dtype=torch.bool) & ~text
+        self.block_mask = (image == image[:, None]) & ~text & ~text[:, None]
+
+    def masks(self, image_rows):
+        return self.text_mask, self.image_mask | (self.self_mask if image_rows == "self" else self.block_mask)
+
+
+def mmca_eager(query, key, value, segments, image_rows):
+    """The two-softmax form as research code writes it: einsum, masked_fill, softmax."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("bhid,bhjd->bhij", query, key) * query.shape[-1] ** -0.5
+    out = 0
+    for mask in segments.masks(image_rows):
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
+        out = out + torch.einsum("bhij,bhjd->bhid", weights, value)
+    return out
+
+
+def mmca_two_masked(query, key, value, segments, image_rows):
+    """Two masked SDPA calls; rows that see nothing of a group are NaN there and set to zero."""
+    out = 0
+    for mask in segments.masks(image_rows):
+        part = sdpa(query, key, value, attn_mask=mask)
+        out = out + torch.where(mask.any(-1)[:, None], part, 0.0)
+    return out
+
+
+def mmca_sliced(query, key, value, segments, image_rows):
+    """The best one can do by hand: text rows gathered and causal, image keys cut per segment, images unmasked."""
+    rows = segments.text_rows
+    text = sdpa(query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal=True)
+    image_keys, image_values = key[:, :, segments.image_rows], value[:, :, segments.image_rows]
+    parts, done, seen = [], 0, 0
+    for start, (kind, length) in zip(segments.starts, segments.segments, strict=True):
+        part = slice(start, start + length)
+        if kind == "text":
+            piece = text[:, :, done : done + length]
+            if seen:
+                piece = piece + sdpa(query[:, :, part], image_keys[:, :, :seen], image_values[:, :, :seen])
+            done += length
+        else:
+            seen += length
+            if image_rows == "self":
+                piece = value[:, :, part].repeat_interleave(query.shape[1] // key.shape[1], 1)
+            else:
+                piece = sdpa(query[:, :, part], key[:, :, part], value[:, :, part])
+        parts.append(piece)
+    return torch.cat(parts, 2)
+
+
+MMCA_PEERS = {"eager": mmca_eager, "two masked SDPA": mmca_two_masked, "sliced SDPA": mmca_sliced}
