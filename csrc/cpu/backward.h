@@ -54,7 +54,7 @@ class Backward {
         : problem_(parent.problem_),
           rows_{problem_, parent.plan_.of(head.batch), head.batch, head.kv_head},
           keys_(rows_.plan.keys[item.group]),
-          visibility_{rows_, keys_, item.group},
+          visibility_(rows_, keys_, item.group),
           item_(item),
           first_of_head_(item.slot == head.first_slot),
           head_dim_(static_cast<int>(problem_.head_dim)),
@@ -269,14 +269,9 @@ class Backward {
       score_tile<T, strip_rows, stride>(value_dim_, grad_strips_ + s * value_strip_size_,
                                         value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_, grads);
       if (tile == Visibility::all) return;
-      for (int r = 0; r < count; ++r) {
-        hide<T, width>(scores + r * stride, visible_ + r * width, -infinity<T>);
-        hide<T, width>(grads + r * stride, visible_ + r * width, T(0));
-      }
-      for (int r = count; r < strip_rows; ++r) {  // padding must not meet a hidden NaN either
-        std::fill_n(scores + r * stride, width, -infinity<T>);
-        std::fill_n(grads + r * stride, width, T(0));
-      }
+      // Padding rows must not meet a hidden NaN either.
+      visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, scores, stride, -infinity<T>);
+      visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, grads, stride, T(0));
     }
 
     // Row r of the block: scores become P Z, and dO' V^T becomes dS.

@@ -183,7 +183,7 @@ class Forward {
 
     // S = Q' K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
     void score(int group, int block, int rows, std::int32_t first, int keys, std::uint64_t* live) {
-      const Visibility visibility{rows_, rows_.plan.keys[group], group};
+      const Visibility visibility(rows_, rows_.plan.keys[group], group);
       StripRange range[block_strips];
       const int strips = (rows + strip_rows - 1) / strip_rows;
       for (int s = 0; s < strips; ++s) {
@@ -219,9 +219,10 @@ class Forward {
           } else {
             with_tile_height<T>(n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
           }
+          if (tile == Visibility::some)
+            visibility.hide<width>(begin_ + block + s * strip_rows, n, n, key, visible_, scores, stride, -infinity<T>);
           for (int r = 0; r < n; ++r) {
             T *row = scores + r * stride, *best = row_max + r * S::width;
-            if (tile == Visibility::some) hide<T, width>(row, visible_ + r * width, -infinity<T>);
             S::store(best, S::max(S::load(best), S::max(S::load(row), S::load(row + S::width))));
           }
         }
@@ -281,7 +282,7 @@ class Forward {
     // The values that are NaN or infinite, for the rows that see them (see cpu/pack.h).
     MMCA_NOINLINE void add_hidden_non_finite(int group, int block, int rows, std::int32_t first, int keys, const std::uint64_t* live) {
       const KeyList& list = rows_.plan.keys[group];
-      const Visibility visibility{rows_, list, group};
+      const Visibility visibility(rows_, list, group);
       const RowReader<T, Storage> value = value_reader();
       for (int c = 0; c < keys; ++c) {
         const T* source = value.row(list.position(first + c), buffer_);

@@ -55,7 +55,10 @@ inline StripRange strip_range(const RowList& rows, int group, std::int64_t begin
 }
 
 // The keys of one group as the tiles meet them: which of a tile's row-key pairs are visible.
-struct Visibility {
+class Visibility {
+ public:
+  Visibility(const RowList& rows_, const KeyList& keys_, int group_) : rows(rows_), keys(keys_), group(group_) {}
+
   const RowList& rows;
   const KeyList& keys;
   int group;
@@ -74,33 +77,56 @@ struct Visibility {
 
   enum Tile { none, some, all };
 
-  // The pairs of entries begin..begin+count-1 with keys key..key+width-1 into visible[count][width].
+  // How much of a tile that the rows' ranges touch, but do not all cover, is visible: entries begin..begin+count-1, keys
+  // key..key+width-1. With a mask the pairs are written to visible[count][width]; without one the ranges say it all.
   template <int width>
   MMCA_NOINLINE Tile look(std::int64_t begin, int count, std::int32_t key, std::uint8_t* visible) const {
+    if (!has_mask()) return some;
+    const auto& mask = rows.problem.attn_mask;
     int seen = 0;
     for (int r = 0; r < count; ++r) {
       std::uint8_t* out = visible + r * width;
-      const Range range = rows.range(group, begin + r);
-      const int from = std::clamp(range.begin - key, 0, width), to = std::clamp(range.end - key, 0, width);
-      for (int c = 0; c < width; ++c) out[c] = c >= from && c < to;
-      if (has_mask() && from < to) {
-        const auto& mask = rows.problem.attn_mask;
-        const Row row = rows.at(begin + r);
-        const std::uint8_t* source = mask.data + mask.offset(rows.batch, row.head, row.row);
-        if (keys.identity() && mask.feature == 1 && to - from == width) {
-          for (int c = 0; c < width; ++c) out[c] = source[key + c] != 0;
-        } else {
-          for (int c = from; c < to; ++c) out[c] = source[keys.position(key + c) * mask.feature] != 0;
-        }
+      const auto [from, to] = columns<width>(begin + r, key);
+      const Row row = rows.at(begin + r);
+      const std::uint8_t* source = mask.data + mask.offset(rows.batch, row.head, row.row);
+      std::fill_n(out, width, std::uint8_t{0});
+      if (keys.identity() && mask.feature == 1 && to - from == width) {
+        for (int c = 0; c < width; ++c) out[c] = source[key + c] != 0;
+      } else {
+        for (int c = from; c < to; ++c) out[c] = source[keys.position(key + c) * mask.feature] != 0;
       }
       for (int c = 0; c < width; ++c) seen += out[c];
     }
     return seen == 0 ? none : seen == count * width ? all : some;
   }
-};
 
-// Keeps the visible scores of a row and replaces the others.
-template <class T, int width>
-MMCA_INLINE void hide(T* scores, const std::uint8_t* visible, T replacement) {
-  for (int c = 0; c < width; ++c) scores[c] = visible[c] ? scores[c] : replacement;
-}
+  // Replaces what a tile that was looked at hides, in `tile_rows` rows `stride` apart; rows from `count` on hide everything.
+  template <int width, class T>
+  MMCA_INLINE void hide(std::int64_t begin, int count, int tile_rows, std::int32_t key, const std::uint8_t* visible, T* tile,
+                        std::ptrdiff_t stride, T replacement) const {
+    for (int r = 0; r < tile_rows; ++r, tile += stride) {
+      if (r >= count) {
+        std::fill_n(tile, width, replacement);
+      } else if (has_mask()) {
+        for (int c = 0; c < width; ++c) tile[c] = visible[r * width + c] ? tile[c] : replacement;
+      } else {
+        const auto [from, to] = columns<width>(begin + r, key);
+        for (int c = 0; c < from; ++c) tile[c] = replacement;
+        for (int c = to; c < width; ++c) tile[c] = replacement;
+      }
+    }
+  }
+
+ private:
+  struct Columns {
+    int from, to;  // from == to: none
+  };
+
+  // The columns of a tile at `key` that lie in an entry's range.
+  template <int width>
+  MMCA_INLINE Columns columns(std::int64_t entry, std::int32_t key) const {
+    const Range range = rows.range(group, entry);
+    const int from = std::clamp(range.begin - key, 0, width);
+    return {from, std::max(from, std::clamp(range.end - key, 0, width))};
+  }
+};
