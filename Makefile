@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench fuzz packaging sanitize lint format build clean
+.PHONY: help demo test bench fuzz soak packaging sanitize lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,10 @@ bench: build $(VENV)/.cpp-tools  ## side by side with torch's own attention
 FUZZ_CASES ?= 100000
 fuzz: build  ## random cases against fp64, ten times as many as in the tests
 	MMCA_EXT_FUZZ_CASES=$(FUZZ_CASES) $(PY) -m pytest -q -m fuzz
+
+SOAK_STEPS ?= 30000
+soak: build  ## train for long and see that memory stays flat
+	MMCA_EXT_SOAK_STEPS=$(SOAK_STEPS) $(PY) -m pytest -q tests/test_soak.py
 
 packaging: build  ## every way to build and install, with and without isolation and torch
 	$(PIP) install build
