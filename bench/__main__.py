@@ -1,4 +1,4 @@
-"""`python -m bench [--filter TEXT] [--seconds S] [--json FILE] [--isa NAME] [--threads N]`
+"""`python -m bench [--filter TEXT] [--seconds S] [--json FILE] [--readme] [--isa NAME] [--threads N]`
 
 Every case is checked first (the peers must agree within float32 rounding), then all are timed in turn in this process.
 Printed: the peer's time over ours (median, quartiles in brackets), forward and backward, beside the goal.
@@ -8,6 +8,7 @@ import argparse
 import datetime
 import json
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -76,11 +77,35 @@ def facts():
     }
 
 
+def write_readme_table(about, rows, source):
+    """Puts the results between the README's markers."""
+    figures = {(row["case"], row["peer"], row["direction"]): row["ratio"] for row in rows}
+
+    def shown(ratio):
+        return f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+    lines = [
+        f"Times faster than the peer, float32, {about['threads']} threads of a shared virtual machine, our "
+        f"{about['isa']} kernels against\ntorch {about['torch']} ({about['torch_cpu_capability']}), {about['date']} "
+        f"([all figures]({source})):\n",
+        "| work | peer | forward | backward |",
+        "|---|---|---|---|",
+    ]
+    for case, peer in dict.fromkeys((row["case"], row["peer"]) for row in rows):
+        forward, backward = (shown(figures[case, peer, direction]) for direction in ("forward", "backward"))
+        lines.append(f"| {case} | {peer} | {forward} | {backward} |")
+    readme = Path("README.md")
+    table = f"<!-- results: {source} -->\n" + "\n".join(lines) + "\n<!-- /results -->"
+    text = re.sub(r"<!-- results: .*? -->\n.*?<!-- /results -->", lambda _: table, readme.read_text(), flags=re.DOTALL)
+    readme.write_text(text)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case and direction")
     parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--readme", action="store_true", help="and into the README's table (needs --json)")
     parser.add_argument("--isa", help="force our kernels to one instruction set")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -110,6 +135,8 @@ def main():
             )
     if options.json:
         options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        if options.readme:
+            write_readme_table(about, rows, options.json)
 
 
 if __name__ == "__main__":

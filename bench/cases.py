@@ -90,7 +90,6 @@ def layer():
         {"SDPA": with_sdpa},
         ((4, 128, 512), (4, 576, 768)),
         0,
-        {"SDPA": (None, None)},
     )
 
 
@@ -106,6 +105,7 @@ def all_cases():
         attention("decode 8/2 heads, 2k keys", 1, 8, 2, 1, 2048, 64, goal=(4.0, None)),
         attention("decode 8/8 heads, 2k keys", 1, 8, 8, 1, 2048, 64),
         attention("decode 8/2 heads, 16k keys", 1, 8, 2, 1, 16384, 64, goal=(4.0, None)),
+        attention("one number: 1 x 1 x 1 x 8", 1, 1, 1, 1, 1, 8),
         masked("boolean mask, 50% visible", 0.5, padding=False, goal=(1.3, None)),
         masked("key padding, 50% visible", 0.5, padding=True, goal=(1.3, None)),
         mmca("MMCA self", "self", (65, 14, 2)),

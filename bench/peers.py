@@ -1,7 +1,7 @@
 """What a user would write without this library: the peers our operators are measured against.
 
-MMCA here is the sum of two softmaxes (text keys, image keys), arXiv 2309.14327; image rows keep their own value ("self")
-or attend within their image ("block"). Every peer returns the same numbers; `python -m bench` checks it before timing.
+MMCA here is the sum of two softmaxes (text keys, image keys), arXiv 2309.14327; image rows keep their own value
+("self") or attend within their image ("block"). All peers return the same numbers: checked before they are timed.
 """
 
 import torch
