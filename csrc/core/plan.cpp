@@ -16,12 +16,14 @@ struct Band {
     if (problem.window_left >= 0) left_bounded = true, left = problem.window_left;
     if (problem.window_right >= 0) right_bounded = true, right = problem.window_right;
     if (problem.causal) right = right_bounded ? std::min<std::int64_t>(right, 0) : 0, right_bounded = true;
+    const std::int64_t reach = problem.q_len + problem.k_len;  // beyond any key, and small enough to add to a position
+    left = std::min(left, reach), right = std::min(right, reach);
   }
   std::int64_t begin(std::int64_t p, std::int64_t k_len) const {
-    return left_bounded ? clamp_position(left > p ? 0 : p - left, k_len) : 0;
+    return left_bounded ? clamp_position(p - left, k_len) : 0;
   }
   std::int64_t end(std::int64_t p, std::int64_t k_len) const {
-    return right_bounded ? clamp_position(right > k_len ? k_len : p + right + 1, k_len) : k_len;
+    return right_bounded ? clamp_position(p + right + 1, k_len) : k_len;
   }
 };
 

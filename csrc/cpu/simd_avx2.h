@@ -20,6 +20,7 @@ struct Simd<float> {
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
   }
@@ -72,6 +73,7 @@ struct Simd<double> {
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52));
   }

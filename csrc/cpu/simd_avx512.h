@@ -20,6 +20,7 @@ struct Simd<float> {
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
   }
@@ -70,6 +71,7 @@ struct Simd<double> {
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
   }

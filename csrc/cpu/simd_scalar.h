@@ -25,6 +25,7 @@ struct Simd {
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return a * b; }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN
+  static MMCA_INLINE Reg min(Reg a, Reg b) { return a < b ? a : b; }  // likewise
   // 2^n from a float whose low mantissa bits hold n + exponent bias (see exp2.h).
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return (Reg)((BitsReg)t << (sizeof(T) == 4 ? 23 : 52));
@@ -40,9 +41,9 @@ struct Simd {
     return best;
   }
   static MMCA_INLINE void transpose(Reg (&r)[width]) {
-    Reg t[width] = {};
+    T t[width][width];
     for (int i = 0; i < width; ++i)
-      for (int j = 0; j < width; ++j) t[i][j] = r[j][i];
-    for (int i = 0; i < width; ++i) r[i] = t[i];
+      for (int j = 0; j < width; ++j) t[j][i] = r[i][j];
+    for (int i = 0; i < width; ++i) r[i] = loadu(t[i]);
   }
 };

@@ -30,7 +30,8 @@ MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, T shift) {
   return S::add(even, odd);
 }
 
-// scores = P = exp2(scores - lse2);  gradients = dS = P * (gradients - offset)
+// scores = P = exp2(scores - lse2);  gradients = dS = P * (gradients - offset). P <= 1, also where scores are so large
+// that lse2 is rounded by more than it takes to overflow.
 template <class T>
 MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, T lse2, T offset) {
   using S = Simd<T>;
@@ -38,7 +39,7 @@ MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, T lse2
   for (int c = 0; c < count; c += 2 * S::width) {
     typename S::Reg p[2];
 #pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) p[u] = S::sub(S::load(scores + c + u * S::width), l);
+    for (int u = 0; u < 2; ++u) p[u] = S::min(S::zero(), S::sub(S::load(scores + c + u * S::width), l));
     exp2_in_place<T, 2>(p);
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {

@@ -1,0 +1,498 @@
+"""Seeded random attention problems, and the check that holds the kernels to the reference in fp64 on them.
+
+Case(seed) draws everything from its seed: operator, dtype, instruction set, shapes, memory layouts, masks, dropout,
+modalities, which gradients are asked for. check(case) raises AssertionError with the command that repeats the failure:
+
+    python -m tests.cases SEED [ISA]
+
+What must hold is the promise of the documentation: every result is inside an a-priori bound, element by element, or its
+RMS error is at most twice that of the standard (materialised) implementation at the same precision.
+"""
+
+import math
+import random
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from mmca_ext import _C, functional, reference
+from mmca_ext.reference.mmca import IMAGE_ROWS, visible_groups
+from mmca_ext.reference.philox import dropout_threshold
+from mmca_ext.reference.weights import positions, visible_by_order
+
+ISAS = sorted({kernel["isa"] for kernel in _C.kernels() if kernel["available"]})
+LAYOUTS = ("contiguous", "rows", "sliced", "expanded", "offset", "features", "fused", "permuted")
+TILE_EDGES = [edge + shift for edge in (96, 192, 256, 384) for shift in (-1, 0, 1)]
+PRIMES = [11, 13, 17, 19, 23, 29, 31, 37, 43, 53, 61, 67]
+HEAD_DIMS = [17, 24, 31, 32, 33, 40, 63, 64, 65, 80, 96, 127, 128, 129, 160, 200, 255, 256]
+
+
+# ---------------------------------------------------------------- a case
+
+
+@dataclass
+class Case:
+    """One problem. `kwargs` goes to functional and reference alike; query, key, value and grad_out are laid out."""
+
+    seed: int
+    isa: str | None = None
+    kwargs: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        self.random = random.Random(self.seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        choose = self.random.choice
+        self.isa = self.isa or ISAS[self.seed % len(ISAS)]
+        self.op = choose(("attention", "mmca_attention"))
+        self.dtype = choose((torch.float32, torch.float32, torch.float32, torch.float64))
+        self.threads = choose((1, 1, 1, 1, 1, 1, 1, 2))
+        self._draw_shape()
+        self.magnitude = choose((1.0, 1.0, 1.0, 1e-3, 4.0, 20.0))
+        self.integers = self.random.random() < 0.1
+        self._draw_options()
+        self.poison = self.random.random() < 0.2
+        self.wanted = choose([(0, 1, 2)] * 8 + [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+        self.return_lse = self.random.random() < 0.5
+        self.grads_arrive = choose(("both", "out", "lse")) if self.return_lse else "out"
+        self.layouts = [choose(("contiguous", "rows", *LAYOUTS)) for _ in range(4)]
+        self._draw_tensors()
+
+    # Shapes: mostly small, each sort of edge often enough, and no case so large that the suite would notice it.
+
+    def _draw_shape(self):
+        rand, choose = self.random, self.random.choice
+        sort = rand.random()
+        if sort < 0.25:
+            lengths = rand.randrange(0, 10), rand.randrange(0, 10)
+        elif sort < 0.45:
+            lengths = choose(PRIMES), choose(PRIMES)
+        elif sort < 0.6:  # decoding
+            lengths = rand.randrange(1, 9), choose([*PRIMES, *TILE_EDGES])
+        elif sort < 0.75:
+            lengths = (choose(TILE_EDGES),) * 2
+        elif sort < 0.9:
+            lengths = choose([1, *PRIMES, *TILE_EDGES]), choose([1, *PRIMES, *TILE_EDGES])
+        else:
+            length = rand.randrange(1, 70)
+            lengths = length, length
+        self.q_len, self.k_len = lengths
+        if self.op == "mmca_attention":
+            self.q_len, self.k_len = min(lengths), max(lengths)
+        self.batch = choose((1, 1, 1, 2, 2, 3, 5, 0 if rand.random() < 0.1 else 1))
+        self.kv_heads, self.share = choose((1, 1, 1, 2, 2, 3)), choose((1, 1, 1, 2, 3, 4, 7))
+        self.head_dim = choose(HEAD_DIMS) if rand.random() < 0.25 else rand.randrange(1, 17)
+        self.value_dim = self.head_dim if rand.random() < 0.7 else choose([*range(1, 17), *HEAD_DIMS])
+        limit = choose((1e6,) * 14 + (3e6,) * 5 + (2e7,))
+        while self._cost() > limit and (self.batch > 1 or self.kv_heads > 1 or self.share > 1):
+            name = max(("batch", "kv_heads", "share"), key=lambda n: getattr(self, n))
+            setattr(self, name, getattr(self, name) - 1)
+        while self._cost() > limit and max(self.head_dim, self.value_dim) > 1:
+            self.head_dim, self.value_dim = (self.head_dim + 1) // 2, (self.value_dim + 1) // 2
+        self.heads = self.kv_heads * self.share
+
+    def _cost(self):
+        pairs = self.batch * self.kv_heads * self.share * self.q_len * self.k_len
+        return pairs * (self.head_dim + self.value_dim + 8)
+
+    def _draw_options(self):
+        rand, choose, kwargs = self.random, self.random.choice, self.kwargs
+        if rand.random() < 0.4:
+            kwargs["scale"] = choose((1.0, 0.125, -0.7, 0.0, self.head_dim**-1.0))
+        if rand.random() < 0.25:
+            kwargs["dropout_p"] = choose((0.1, 0.1, 0.5, 0.9, 1.0, 1e-5, 1e-6, 0.9999))
+        if rand.random() < 0.05:
+            kwargs["deterministic"] = True
+        if self.op == "attention":
+            kwargs["is_causal"] = rand.random() < 0.4
+            if rand.random() < 0.3:
+                total = self.q_len + self.k_len
+                sides = (
+                    None,
+                    -1,
+                    0,
+                    1,
+                    7,
+                    rand.randrange(0, total + 2),
+                    rand.randrange(0, total + 2),
+                    2**40,
+                    2**63 - 1,
+                )
+                kwargs["window"] = choose((tuple, list))((choose(sides), choose(sides)))
+            if rand.random() < 0.35:
+                kwargs["attn_mask"] = self._draw_attn_mask()
+            if rand.random() < 0.35:
+                kwargs["key_mask"] = self._draw_key_mask()
+        else:
+            kwargs["image_rows"] = choose(IMAGE_ROWS)
+            kwargs["merge"] = choose(("sum", "lse"))
+            kwargs["modality"] = self._integers(self._draw_modality())
+            if rand.random() < 0.3:
+                kwargs["image_id"] = self._integers(self._draw_runs((0, 1, -1, 7)))
+
+    def _draw_attn_mask(self):
+        rank = self.random.choice((4, 4, 3, 2, 2, 1, 0))
+        shape = [self.batch, self.heads, self.q_len, self.k_len][4 - rank :]
+        shape = [1 if self.random.random() < 0.3 else size for size in shape]
+        mask = self._bernoulli(shape, self.random.choice((0.0, 0.1, 0.5, 0.9, 1.0)))
+        if rank >= 2 and self.random.random() < 0.4:
+            mask = mask & self._bernoulli([*shape[:-1], 1], 0.7)  # whole rows see nothing
+        if rank >= 2 and self.random.random() < 0.4:
+            mask = mask & self._bernoulli([*shape[:-2], 1, shape[-1]], 0.6)  # whole columns are never seen
+        return self._restride(mask)
+
+    def _draw_key_mask(self):
+        rows = []
+        for _ in range(self.batch):
+            length, sort = self.random.randrange(self.k_len + 1), self.random.random()
+            row = self._bernoulli([self.k_len], self.random.choice((0.2, 0.8)))
+            if sort < 0.7:
+                row = torch.arange(self.k_len) < length
+                row = row.flip(0) if sort < 0.2 else row
+            rows.append(row if sort < 0.95 else torch.zeros(self.k_len, dtype=torch.bool))
+        return self._restride(torch.stack(rows) if rows else torch.zeros(0, self.k_len, dtype=torch.bool))
+
+    def _draw_modality(self):
+        kinds = self.random.choice(((1, 2), (1, 2), (0, 1, 2), (0, 1, 2, 3, 9), (1, 1, 1, 2), (1,), (2,), (2, 3), (0,)))
+        ids = self._draw_runs(kinds)
+        if self.random.random() < 0.3:  # images first
+            ids[:, : self.random.randrange(self.k_len + 1)] = 2
+        if self.random.random() < 0.3:  # a padded end
+            ids[:, self.random.randrange(self.k_len + 1) :] = 0
+        return ids
+
+    def _draw_runs(self, values):
+        longest = self.random.choice((1, 3, 12, 100))
+        rows = []
+        for _ in range(self.batch):
+            row = []
+            while len(row) < self.k_len:
+                row += [self.random.choice(values)] * self.random.randint(1, longest)
+            rows.append(row[: self.k_len])
+        return torch.tensor(rows, dtype=torch.int64).reshape(self.batch, self.k_len)
+
+    def _integers(self, ids):
+        dtypes = [torch.int32, torch.int64, torch.int64, torch.int16, torch.int8]
+        return self._restride(ids.to(self.random.choice(dtypes)))
+
+    def _bernoulli(self, shape, p):
+        return torch.rand(shape, generator=self.generator) < p
+
+    def _restride(self, mask):
+        """The same mask, sometimes transposed or sliced out of something larger."""
+        sort = self.random.random()
+        if sort < 0.25 and mask.dim() >= 2:
+            return mask.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if sort < 0.5 and mask.dim() >= 1:
+            return torch.stack((mask, ~mask), -1)[..., 0]
+        return mask
+
+    # Tensors.
+
+    def _draw_tensors(self):
+        b, h, g = self.batch, self.heads, self.kv_heads
+        shapes = (
+            (b, h, self.q_len, self.head_dim),
+            (b, g, self.k_len, self.head_dim),
+            (b, g, self.k_len, self.value_dim),
+            (b, h, self.q_len, self.value_dim),
+        )
+        hidden = self._hidden_keys() if self.poison else None
+        tensors = []
+        for i, (shape, layout) in enumerate(zip(shapes, self.layouts, strict=True)):
+            magnitude = self.magnitude if i < 2 else self.random.choice((1.0, 1.0, 1e-4, 100.0))
+            poisoned = hidden if i in (1, 2) else None
+            tensors.append(self._lay_out(self._values(shape, magnitude), layout, poisoned))
+        self.query, self.key, self.value, self.grad_out = tensors
+        lse_shape = (b, h, self.q_len) if self.op == "attention" else (2, b, h, self.q_len)
+        self.grad_lse = self._values(lse_shape, 1.0)
+        if self.random.random() < 0.3:
+            self.grad_lse = self.grad_lse.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def _values(self, shape, magnitude):
+        if self.integers:
+            return torch.randint(-3, 4, shape, generator=self.generator).to(self.dtype)
+        return (magnitude * torch.randn(shape, generator=self.generator, dtype=torch.float64)).to(self.dtype)
+
+    def _lay_out(self, tensor, layout, hidden):
+        """The tensor in another layout. Memory that is not its own is NaN: a kernel that uses it gives itself away."""
+        rand, (b, h, length, d) = self.random, tensor.shape
+        fill = torch.full
+        if layout == "expanded":
+            dim = rand.randrange(4)
+            narrow = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+            return narrow.expand(tensor.shape)
+        if hidden is not None:  # what no row sees may be anything
+            garbage = torch.tensor([math.nan, math.inf, -math.inf, 3e38], dtype=self.dtype)
+            tensor = torch.where(hidden[..., None], garbage[rand.randrange(4)], tensor)
+        if layout == "contiguous":
+            return tensor
+        if layout == "rows":
+            return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "permuted":
+            order = rand.sample(range(4), 4)
+            inverse = [order.index(i) for i in range(4)]
+            return tensor.permute(order).contiguous().permute(inverse)
+        if layout == "sliced":
+            view = fill((b + 1, h + 2, length + 3, d + 5), math.nan, dtype=self.dtype)[1:, 1:-1, 2:-1, 3:-2]
+        elif layout == "offset":
+            shift = rand.randrange(1, 8)
+            view = fill((tensor.numel() + shift + 9,), math.nan, dtype=self.dtype)[shift : shift + tensor.numel()]
+            view = view.view(tensor.shape)
+        elif layout == "features":
+            step = rand.choice((2, 3))
+            view = fill((b, h, length, step * d), math.nan, dtype=self.dtype)[..., ::step]
+        else:
+            before, after = rand.randrange(4), rand.randrange(4)  # the other heads of a fused projection
+            view = fill((b, length, before + h + after, d), math.nan, dtype=self.dtype)
+            view = view[:, :, before : before + h].transpose(1, 2)
+        return view.copy_(tensor)
+
+    def visible(self):
+        """Boolean (groups, B, Hq, Lq, Lk)."""
+        shape, kwargs = (self.batch, self.heads, self.q_len, self.k_len), self.kwargs
+        rows = positions(self.q_len, self.k_len, "cpu")
+        if self.op == "mmca_attention":
+            text, image, _ = visible_groups(
+                kwargs["modality"].long(), rows, kwargs["image_rows"], kwargs.get("image_id")
+            )
+            return torch.stack([group[:, None].expand(shape) for group in (text, image)])
+        window = [-1 if side is None else side for side in kwargs.get("window", (-1, -1))]
+        visible = visible_by_order(rows, self.k_len, kwargs.get("is_causal", False), window).expand(shape)
+        if "attn_mask" in kwargs:
+            visible = visible & kwargs["attn_mask"]
+        if "key_mask" in kwargs:
+            visible = visible & kwargs["key_mask"][:, None, None, :]
+        return visible[None]
+
+    def _hidden_keys(self):
+        """Boolean (B, Hkv, Lk): keys that no row of any of their query heads sees."""
+        seen = self.visible().any(0).any(-2)
+        return ~seen.view(self.batch, self.kv_heads, self.share, self.k_len).any(2)
+
+    def __str__(self):
+        options = {
+            name: (f"{str(value.dtype)[6:]}{tuple(value.shape)}{value.stride()}" if torch.is_tensor(value) else value)
+            for name, value in self.kwargs.items()
+        }
+        return (
+            f"{self.op} {str(self.dtype)[6:]} {self.isa} query {tuple(self.query.shape)} key {tuple(self.key.shape)} "
+            f"value {tuple(self.value.shape)} layouts {'/'.join(self.layouts)} x{self.magnitude:g} "
+            f"threads {self.threads} lse {self.return_lse} gradients {self.wanted} from {self.grads_arrive} {options}"
+        )
+
+    def repeat(self):
+        return f"python -m tests.cases {self.seed} {self.isa}"
+
+
+def given(op, query, key, value, grad_out, grad_lse=None, isa=None, threads=1, **kwargs):
+    """A case of these very tensors, nothing drawn; with grad_lse also lse is returned and has that gradient."""
+    case = object.__new__(Case)
+    case.seed, case.op, case.isa, case.threads, case.kwargs = 0, op, isa, threads, kwargs
+    case.query, case.key, case.value, case.grad_out, case.grad_lse = query, key, value, grad_out, grad_lse
+    (case.batch, case.heads, case.q_len, case.head_dim), case.dtype = query.shape, query.dtype
+    case.kv_heads, case.k_len, case.value_dim = key.shape[1], key.shape[2], value.shape[3]
+    case.share, case.magnitude, case.layouts, case.wanted = case.heads // case.kv_heads, 1.0, ["given"], (0, 1, 2)
+    case.return_lse, case.grads_arrive = grad_lse is not None, "out" if grad_lse is None else "both"
+    if grad_lse is None:
+        case.grad_lse = torch.zeros(())
+    case.repeat = lambda: "see the test"
+    return case
+
+
+# ---------------------------------------------------------------- the bound
+
+
+def bounds(case, exact):
+    """How far out, lse, dq, dk, dv may be from exact arithmetic, element by element: a dict of tensors.
+
+    First-order rounding analysis of the textbook algorithm, with u the machine epsilon, S_i = |scale| |q_i| max_j |k_j|
+    the size of a row's scores (Cauchy-Schwarz), n the number of terms of a sum:
+
+        a_i  = u (4 + sqrt(n) + S_i)      relative error of a weight exp(s - lse): u S from its rounded score and lse, a
+                                          few u from exp and the division, sqrt(n) u from the sum (errors of random
+                                          sign; Higham and Mary 2019, "A new approach to probabilistic rounding error
+                                          analysis")
+        out  : u |out| + 2 a max|v|       the weights sum to 1, errors of numerator and denominator
+        lse  : u |lse| + a                the logarithm turns a relative into an absolute error
+        dv   : u |dv| + a sqrt(n) max|dO|                             n rows, each weight at most 1
+        dq   : u |dq| + a |scale| max|k| (|dO| |v| + |dlse|)          dS = P (dP - D + dlse); |dP|, |D| <= |dO| |v|
+        dk   : u |dk| + a sqrt(n) |scale| max|q| (|dO| |v| + |dlse|)
+
+    Dropout multiplies weights by z = 1 / (1 - p), hence v and dO in the products; separate softmaxes that are added
+    (merge "sum") add their errors. In float64 the reference in float64 has the same error once more, and there is no
+    better one to judge terms whose errors have one sign (equal keys): n itself stands for sqrt(n). What sees nothing,
+    or is seen by nothing, must be exactly zero.
+    """
+    u, groups = torch.finfo(case.dtype).eps, 2 if case.op == "mmca_attention" else 1
+    double = case.dtype == torch.float64
+    oracle, root = (2.0, float) if double else (1.0, math.sqrt)
+    scale = abs(case.kwargs.get("scale", case.head_dim**-0.5))
+    seen = case.visible()
+    by_head = seen.any(0)
+    row_seen, key_seen = by_head.any(-1), by_head.any(-2).unflatten(1, (case.kv_heads, case.share)).any(2)
+
+    threshold = dropout_threshold(case.kwargs.get("dropout_p", 0.0))
+    z = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    if groups == 2:
+        z = max(z, 1.0)  # an image row's own value is not dropped
+
+    def of_row(t):  # (B, Hkv, ...) -> (B, Hq, ...)
+        return t.repeat_interleave(case.share, 1)
+
+    def of_key(t):  # the largest over a group's rows: (B, Hq, Lq) -> (B, Hkv, 1)
+        return largest(t.unflatten(1, (case.kv_heads, case.share)).flatten(2))
+
+    def largest(t):  # of a possibly empty last dimension
+        return t.amax(-1, keepdim=True) if t.shape[-1] else t.new_zeros(*t.shape[:-1], 1)
+
+    query = case.query.double().masked_fill(~row_seen[..., None], 0.0)
+    key, value = (t.double().masked_fill(~key_seen[..., None], 0.0) for t in (case.key, case.value))
+    grad_out = case.grad_out.double() if case.grads_arrive != "lse" else torch.zeros_like(case.grad_out).double()
+    grad_lse = case.grad_lse.double().abs() if case.grads_arrive != "out" else torch.zeros(())
+    if grad_lse.dim() == 4:
+        grad_lse = grad_lse.sum(0)
+
+    size = scale * query.norm(dim=-1) * of_row(largest(key.norm(dim=-1)))
+    a = oracle * groups * u * (4 + root(case.k_len) + size)  # (B, Hq, Lq)
+    rows = root(max(1, case.q_len * case.share))
+    arrives = z * grad_out.norm(dim=-1) * of_row(largest(value.norm(dim=-1))) + grad_lse
+
+    bound = {
+        "out": 2 * z * a * of_row(largest(value.abs().flatten(2))),
+        "lse": a if groups == 1 else torch.stack((a, a)),
+        "dq": a * scale * of_row(largest(key.abs().flatten(2))) * arrives,
+        "dk": rows * scale * of_key(a * query.abs().amax(-1) * arrives),
+        "dv": rows * of_key(z * a * grad_out.abs().amax(-1)),
+    }
+    for name in ("out", "dq"):
+        bound[name] = bound[name].masked_fill(~row_seen, 0.0)[..., None]
+    for name in ("dk", "dv"):
+        bound[name] = bound[name].expand(key_seen.shape).masked_fill(~key_seen, 0.0)[..., None]
+    return {name: oracle * u * value.abs() + bound[name] for name, value in exact.items()}
+
+
+# ---------------------------------------------------------------- the check
+
+
+def run(case, function, tensors, grads):
+    """out, lse and the wanted gradients of one implementation, as a dict."""
+    args = [t.detach().requires_grad_(i in case.wanted) for i, t in enumerate(tensors)]
+    kwargs = dict(case.kwargs, return_lse=case.return_lse)
+    if "modality" in kwargs:
+        args.append(kwargs.pop("modality"))
+    if kwargs.get("dropout_p"):
+        kwargs["generator"] = torch.Generator().manual_seed(case.seed)
+    result = function(*args, **kwargs)
+    result = dict(zip(("out", "lse"), result, strict=True)) if case.return_lse else {"out": result}
+    arriving = ("out", "lse") if case.grads_arrive == "both" else (case.grads_arrive,)
+    arriving = [name for name in arriving if result[name].requires_grad]  # the reference's lse does not depend on value
+    inputs = [args[i] for i in case.wanted]
+    gradients = [None] * len(inputs)
+    if arriving:
+        outputs, seeds = [result[name] for name in arriving], [grads[name] for name in arriving]
+        gradients = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+    names = ["dq", "dk", "dv"]
+    for i, argument, gradient in zip(case.wanted, inputs, gradients, strict=True):
+        result[names[i]] = torch.zeros_like(argument) if gradient is None else gradient
+    return {name: t.detach() for name, t in result.items()}
+
+
+def run_reference(case, dtype):
+    tensors = [t.to(dtype).contiguous() for t in (case.query, case.key, case.value)]
+    grads = {"out": case.grad_out.to(dtype), "lse": case.grad_lse.to(dtype)}
+    return run(case, getattr(reference, case.op), tensors, grads)
+
+
+def run_kernels(case):
+    """The operators under the case's instruction set and number of threads."""
+    tensors, threads = (case.query, case.key, case.value), torch.get_num_threads()
+    _C.force_isa(case.isa)
+    torch.set_num_threads(case.threads)
+    try:
+        return run(case, getattr(functional, case.op), tensors, {"out": case.grad_out, "lse": case.grad_lse})
+    finally:
+        _C.force_isa(None)
+        torch.set_num_threads(threads)
+
+
+def rms_error(actual, exact):
+    """RMS error where the exact result is finite; infinite if the two are not finite in the same places."""
+    finite = exact.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        return math.inf
+    return float((actual.double() - exact)[finite].square().mean().sqrt()) if finite.any() else 0.0
+
+
+def excess(actual, exact, bound):
+    """error / bound where it is largest, with its place; inf where one is finite and the other is not."""
+    if not exact.numel():
+        return 0.0, ()
+    actual = actual.double()
+    error = torch.where(actual == exact, 0.0, (actual - exact).abs())
+    ratio = torch.where(error == 0.0, 0.0, error / bound)
+    ratio = torch.where(ratio.isnan(), torch.inf, ratio)
+    place = int(ratio.argmax())
+    return float(ratio.flatten()[place]), tuple(int(i) for i in torch.unravel_index(torch.tensor(place), exact.shape))
+
+
+def follows_layout(result, like):
+    """The layout rule of the operators: heads inside rows where `like` has them so, else (B, H, L, D)."""
+    ordered = result.transpose(1, 2) if like.stride(1) < like.stride(2) else result
+    return ordered.is_contiguous()
+
+
+def ratios(case):
+    """error / bound of every result: name -> (ratio, place). Checks on the way what is not a matter of rounding."""
+    tensors = case.query, case.key, case.value
+    memory = [_bytes(t).clone() for t in (*tensors, case.grad_out)]
+    actual = run_kernels(case)
+    for t, before in zip((*tensors, case.grad_out), memory, strict=True):
+        assert torch.equal(_bytes(t), before), "an input was written to"
+
+    exact = run_reference(case, torch.float64)
+    bound = bounds(case, exact)
+    likes = {"out": case.query, "dq": case.query, "dk": case.key, "dv": case.value}
+    for name, result in actual.items():
+        assert result.shape == exact[name].shape and result.dtype == case.dtype, (
+            f"{name}: {result.dtype} {result.shape}"
+        )
+        assert name == "lse" or follows_layout(result, likes[name]), f"{name} has strides {result.stride()}"
+    found = {name: excess(actual[name], exact[name], bound[name]) for name in exact}
+    outside = [name for name, (ratio, _) in found.items() if ratio > 1.0]
+    if outside and case.dtype != torch.float64:
+        standard = run_reference(case, case.dtype)
+        for name in outside:
+            ours, theirs = rms_error(actual[name], exact[name]), rms_error(standard[name], exact[name])
+            if 0.0 < ours <= 2 * theirs < math.inf:
+                found[name] = (1.0, found[name][1])
+    return found
+
+
+def _bytes(tensor):
+    """All memory behind a tensor."""
+    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def check(case):
+    """Raises AssertionError unless the kernels agree with the reference in fp64 within the a-priori bound."""
+    try:
+        found = ratios(case)
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}\n{case}\nrepeat: {case.repeat()}") from error
+    wrong = {name: value for name, value in found.items() if not value[0] <= 1.0}
+    if wrong:
+        listing = ", ".join(f"{name} is {ratio:.3g} times its bound off at {at}" for name, (ratio, at) in wrong.items())
+        raise AssertionError(f"{listing}\n{case}\nrepeat: {case.repeat()}")
+
+
+def main(arguments):
+    case = Case(int(arguments[0]), *arguments[1:2])
+    print(case)
+    for name, (ratio, place) in ratios(case).items():
+        print(f"{name}: error / bound = {ratio:.3g} at {place}")
+    check(case)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,13 @@
+#include "cpu/isa.h"
+#include "probe.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma")
+
+namespace mmca::cpu::probe_avx2 {
+#include "cpu/simd_avx2.h"
+#include "probe_body.h"
+}  // namespace mmca::cpu::probe_avx2
+#endif

@@ -1,0 +1,98 @@
+// get_probe() of one instruction set; included inside its namespace, after its simd_*.h, by probe_<isa>.cpp.
+
+#include "cpu/common.h"
+#include "cpu/exp2.h"
+#include "cpu/tiles.h"
+#include "cpu/pack.h"
+#include "cpu/rows.h"
+#include "cpu/softmax.h"
+#include "cpu/dropout.h"
+#include "cpu/few_rows.h"
+#include "cpu/forward.h"
+#include "cpu/backward.h"
+
+inline constexpr int probe_stride = mmca::test::probe_stride;
+
+// Calls body(constant) with the constant equal to `rows`, one of 1..most.
+template <int most, class Body>
+void with_height(int rows, const Body& body) {
+  if constexpr (most > 0) {
+    if (rows == most) body(std::integral_constant<int, most>{});
+    else with_height<most - 1>(rows, body);
+  }
+}
+
+template <class T>
+struct ProbeBody {
+  using S = Simd<T>;
+  static constexpr int width = S::width, most = S::tile_rows;
+
+  static void score(int rows, int depth, const T* strip, const T* panel, T* scores) {
+    with_height<most>(rows, [&](auto n) { score_tile<T, n.value, probe_stride>(depth, strip, panel, scores); });
+  }
+  static void score_with_max(int rows, int depth, const T* strip, const T* panel, T* scores, T* row_max) {
+    with_height<most>(rows, [&](auto n) { score_tile_with_max<T, n.value, probe_stride>(depth, strip, panel, scores, row_max); });
+  }
+  static void row(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t stride) {
+    with_height<most>(rows, [&](auto n) { row_tile<T, n.value, probe_stride>(depth, weights, panel, c, stride); });
+  }
+  static void rescaled(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t stride, const T* factor) {
+    with_height<most>(rows, [&](auto n) { rescaled_row_tile<T, n.value, probe_stride>(depth, weights, panel, c, stride, factor); });
+  }
+  static int height(int rows) {
+    int chosen = 0;
+    with_tile_height<T>(rows, [&](auto n) { chosen = n.value; });
+    return chosen;
+  }
+  static T pack(const T* row, int padded, T* panels, std::ptrdiff_t stride) {
+    return S::reduce_add(pack_row<T>(row, padded, panels, stride, S::zero()));
+  }
+  static void zero_row(int padded, T* panels, std::ptrdiff_t stride) { pack_zero_row<T>(padded, panels, stride); }
+  static void transpose(T* square) {
+    typename S::Reg r[width];
+    for (int i = 0; i < width; ++i) r[i] = S::loadu(square + i * width);
+    S::transpose(r);
+    for (int i = 0; i < width; ++i) S::storeu(square + i * width, r[i]);
+  }
+  static T add(const T* lanes) { return S::reduce_add(S::loadu(lanes)); }
+  static T max(const T* lanes) { return S::reduce_max(S::loadu(lanes)); }
+  template <int registers>
+  static void exp2_by(T* x, int count) {
+    for (int i = 0; i < count; i += registers * width) {
+      typename S::Reg r[registers];
+      for (int u = 0; u < registers; ++u) r[u] = S::loadu(x + i + u * width);
+      exp2_in_place<T, registers>(r);
+      for (int u = 0; u < registers; ++u) S::storeu(x + i + u * width, r[u]);
+    }
+  }
+  static void exp2(T* x, int registers, int count) {
+    if (registers == 1) exp2_by<1>(x, count);
+    else if (registers == 2) exp2_by<2>(x, count);
+    else exp2_by<4>(x, count);
+  }
+  static T one(T x) { return exp2_one<T>(x); }
+  static T exp2_and_sum(T* scores, int count, T shift) { return S::reduce_add(exp2_row<T>(scores, count, shift)); }
+  static std::int64_t partial_bytes(const Problem& problem, std::int64_t slots) {
+    using Kernel = Backward<T, T>;
+    return slots * Kernel::padded_rows(problem) * Kernel::partial_row_bytes(problem);
+  }
+
+  static void get(mmca::test::Probe<T>& p) {
+    p.width = width, p.tile_rows = most;
+    p.score_tile = score, p.score_tile_with_max = score_with_max, p.row_tile = row, p.rescaled_row_tile = rescaled;
+    p.transposed_tile = transposed_tile<T, probe_stride>;
+    p.tile_height = height;
+    p.direct_score_tile = direct_score_tile<T, probe_stride>, p.direct_weigh = direct_weigh<T, probe_stride>;
+    p.pack_strip = pack_columns<T, most>, p.pack_panel = pack_columns<T, 2 * width>;
+    p.pack_row = pack, p.pack_zero_row = zero_row;
+    p.zero_non_finite = zero_non_finite<T>, p.add_non_finite = add_non_finite<T>;
+    p.transpose = transpose, p.reduce_add = add, p.reduce_max = max;
+    p.exp2 = exp2, p.exp2_one = one, p.exp2_row = exp2_and_sum;
+    p.score_gradient_row = score_gradient_row<T>, p.dot = dot<T>;
+    p.dropout_factors = dropout_factors<T>;
+    p.backward_partial_bytes = partial_bytes;
+  }
+};
+
+void get_probe(mmca::test::Probe<float>& probe) { ProbeBody<float>::get(probe); }
+void get_probe(mmca::test::Probe<double>& probe) { ProbeBody<double>::get(probe); }

@@ -1,0 +1,169 @@
+// The kernel table, and how a kernel is chosen for a processor: with made-up processors.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+#include <tuple>
+
+#include "case.h"
+#include "core/kernel_table.h"
+
+namespace mmca::test {
+namespace {
+
+constexpr Operation operations[] = {Operation::attention_forward, Operation::attention_backward};
+constexpr DType dtypes[] = {DType::f32, DType::f64};
+
+using Features = std::vector<CpuFeature>;
+
+// A processor with these features and no other the table knows.
+Features having(const std::set<std::string>& names) {
+  Features features;
+  for (const char* name : {"sse2", "avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"})
+    features.push_back({name, names.count(name) == 1});
+  return features;
+}
+
+const std::set<std::string> avx2_names = {"sse2", "avx2", "fma"};
+const std::set<std::string> all_names = {"sse2", "avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"};
+
+Isa chosen(const Features& features, Operation operation = Operation::attention_forward, DType dtype = DType::f32) {
+  return select_kernel(operation, dtype, features, std::nullopt).isa;
+}
+
+template <class Error, class Body>
+std::string message(const Body& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return "";
+}
+
+TEST(Table, NamesSayWhatARowIs) {
+  std::set<std::string> names;
+  for (const Kernel& kernel : kernel_table()) {
+    EXPECT_TRUE(names.insert(kernel.name).second) << kernel.name << " is listed twice";
+    EXPECT_EQ(kernel.name, std::string("cpu.") + to_string(kernel.isa) + "." + to_string(kernel.operation) + "." + to_string(kernel.dtype));
+    EXPECT_NE(kernel.run, nullptr);
+  }
+}
+
+TEST(Table, EveryInstructionSetCoversEveryOperationAndType) {
+  std::set<std::tuple<Isa, Operation, DType>> rows;
+  std::set<Isa> isas;
+  for (const Kernel& kernel : kernel_table()) {
+    EXPECT_TRUE(rows.insert({kernel.isa, kernel.operation, kernel.dtype}).second) << kernel.name;
+    isas.insert(kernel.isa);
+  }
+  EXPECT_EQ(isas.count(Isa::scalar), 1u);
+  for (const Isa isa : isas)
+    for (const Operation operation : operations)
+      for (const DType dtype : dtypes) EXPECT_EQ(rows.count({isa, operation, dtype}), 1u) << to_string(isa) << to_string(operation) << to_string(dtype);
+}
+
+TEST(Table, AnyProcessorRunsScalar) {
+  for (const Operation operation : operations)
+    for (const DType dtype : dtypes) {
+      EXPECT_EQ(chosen(having({"sse2"}), operation, dtype), Isa::scalar);
+      EXPECT_EQ(chosen({}, operation, dtype), Isa::scalar);
+    }
+}
+
+#if defined(__x86_64__)
+TEST(Table, TheBestInstructionSetIsChosen) {
+  for (const Operation operation : operations)
+    for (const DType dtype : dtypes) {
+      EXPECT_EQ(chosen(having(avx2_names), operation, dtype), Isa::avx2);
+      EXPECT_EQ(chosen(having(all_names), operation, dtype), Isa::avx512);
+    }
+}
+
+TEST(Table, EveryNeededFeatureIsNeeded) {
+  EXPECT_EQ(chosen(having({"sse2", "avx2"})), Isa::scalar);
+  EXPECT_EQ(chosen(having({"sse2", "fma"})), Isa::scalar);
+  for (const std::string& name : all_names) {
+    std::set<std::string> names = all_names;
+    names.erase(name);
+    const Isa expected = name == "avx2" || name == "fma" ? Isa::scalar : name == "sse2" ? Isa::avx512 : Isa::avx2;
+    EXPECT_EQ(chosen(having(names)), expected) << "without " << name;
+  }
+}
+
+TEST(Table, RefusalsNameWhatIsMissing) {
+  const Kernel& avx512 = select_kernel(Operation::attention_forward, DType::f32, having(all_names), std::nullopt);
+  EXPECT_EQ(refusal(avx512, having(all_names), std::nullopt), "");
+  EXPECT_EQ(refusal(avx512, having(all_names), Isa::avx512), "");
+  EXPECT_EQ(refusal(avx512, having(all_names), Isa::scalar), "scalar is forced");
+  EXPECT_EQ(refusal(avx512, having({"avx2", "avx512f", "avx512vl", "avx512bw"}), std::nullopt), "this processor lacks fma, avx512dq");
+}
+
+TEST(Table, ForcingChoosesAmongTheRunnable) {
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+    EXPECT_EQ(select_kernel(Operation::attention_backward, DType::f64, having(all_names), isa).isa, isa);
+  const std::string text = message<std::runtime_error>(
+      [] { select_kernel(Operation::attention_forward, DType::f32, having({"sse2", "avx2"}), Isa::avx2); });
+  EXPECT_EQ(text,
+            "mmca_ext: no kernel for attention_forward in f32"
+            "; cpu.avx512.attention_forward.f32: this processor lacks fma, avx512f, avx512vl, avx512bw, avx512dq"
+            "; cpu.avx2.attention_forward.f32: this processor lacks fma"
+            "; cpu.scalar.attention_forward.f32: avx2 is forced");
+}
+#endif
+
+TEST(Table, WhatIsNotBuiltIsSaid) {
+  for (const DType dtype : {DType::bf16, DType::f16})
+    EXPECT_EQ(message<std::runtime_error>([&] { select_kernel(Operation::attention_forward, dtype, having(all_names), std::nullopt); }),
+              std::string("mmca_ext: no kernel for attention_forward in ") + to_string(dtype) + "; none is built");
+}
+
+TEST(Table, NamesOfInstructionSets) {
+  EXPECT_EQ(parse_isa("scalar"), Isa::scalar);
+  for (const char* name : {"", "Scalar", "sse2", "avx", "avx2 ", "scalar, avx2"}) EXPECT_EQ(parse_isa(name), std::nullopt) << name;
+#if defined(__x86_64__)
+  EXPECT_EQ(parse_isa("avx2"), Isa::avx2);
+  EXPECT_EQ(parse_isa("avx512"), Isa::avx512);
+  EXPECT_EQ(isa_names(), "scalar, avx2, avx512");
+#endif
+}
+
+struct Forcing : testing::Test {
+  ~Forcing() override { unforce_isa(); }
+};
+
+TEST_F(Forcing, AnUnknownNameSaysWhatIsAccepted) {
+  const std::string text = message<std::invalid_argument>([] { force_isa("sse9"); });
+  EXPECT_EQ(text, "mmca_ext: force_isa got 'sse9'; accepted: " + isa_names());
+}
+
+TEST_F(Forcing, RestrictsWhatRuns) {
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    const auto missing = missing_features(isa, cpu_features());
+    if (!parse_isa(to_string(isa))) continue;
+    if (!missing.empty()) {
+      const std::string text = message<std::invalid_argument>([&] { force_isa(to_string(isa)); });
+      EXPECT_NE(text.find(missing[0]), std::string::npos) << text;
+      continue;
+    }
+    force_isa(to_string(isa));
+    EXPECT_EQ(forced_isa(), isa);
+    std::vector<std::uint64_t> before;
+    for (const Kernel& kernel : kernel_table()) before.push_back(launches(kernel));
+    Choices choices;
+    Case<double> c(choices);
+    SerialExecutor serial;
+    run(Operation::attention_forward, c.problem, serial);
+    EXPECT_EQ(c.out.at(0, 0, 0, 0), c.value.at(0, 0, 0, 0));  // one key: its value
+    for (const Kernel& kernel : kernel_table()) {
+      const bool ran = kernel.isa == isa && kernel.dtype == DType::f64 && kernel.operation == Operation::attention_forward;
+      EXPECT_EQ(launches(kernel) - before[static_cast<std::size_t>(&kernel - kernel_table().data())], ran ? 1u : 0u) << kernel.name;
+    }
+  }
+  unforce_isa();
+  EXPECT_EQ(forced_isa(), std::nullopt);
+}
+
+}  // namespace
+}  // namespace mmca::test
