@@ -20,6 +20,22 @@ def _statistics_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_devices(query, *tensors):
+    """The dispatcher takes the fake path for one meta tensor among real ones; nothing may come of such a call."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"mmca_ext: all tensors must be on query's device {query.device}, got {tensor.device}")
+
+
+def _results(query, value, groups, save_for_backward):
+    batch, heads, q_len, _ = query.shape
+    dtype = _statistics_dtype(query.dtype)
+    shape = (*groups, batch, heads, q_len)
+    lse = query.new_empty(shape, dtype=dtype)
+    lse_low = query.new_empty(shape if save_for_backward else (0,), dtype=dtype)
+    return _laid_out_like(query, value.shape[3]), lse, lse_low
+
+
 def _gradients(query, key, value):
     return tuple(_laid_out_like(tensor, tensor.shape[3]) for tensor in (query, key, value))
 
@@ -37,9 +53,10 @@ def _(
     window_left,
     window_right,
     dropout_p,
+    save_for_backward,
 ):
-    lse = query.new_empty(query.shape[:3], dtype=_statistics_dtype(query.dtype))
-    return _laid_out_like(query, value.shape[3]), lse
+    _check_devices(query, key, value, attn_mask, key_mask)
+    return _results(query, value, (), save_for_backward)
 
 
 @torch.library.register_fake("mmca_ext::attention_backward")
@@ -51,6 +68,7 @@ def _(
     value,
     out,
     lse,
+    lse_low,
     attn_mask,
     key_mask,
     rng_state,
@@ -60,6 +78,7 @@ def _(
     window_right,
     dropout_p,
 ):
+    _check_devices(query, grad_out, grad_lse, key, value, out, lse, lse_low, attn_mask, key_mask)
     return _gradients(query, key, value)
 
 
@@ -75,13 +94,13 @@ def _(
     merge,
     scale,
     dropout_p,
-    save_group_out,
+    save_for_backward,
 ):
-    batch, heads, q_len, _ = query.shape
-    value_dim, dtype = value.shape[3], _statistics_dtype(query.dtype)
-    lse = query.new_empty((2, batch, heads, q_len), dtype=dtype)
-    group_out = query.new_empty((2, batch, heads, q_len, value_dim) if save_group_out else (0,), dtype=dtype)
-    return _laid_out_like(query, value_dim), lse, group_out
+    _check_devices(query, key, value, modality, image_id)
+    out, lse, lse_low = _results(query, value, (2,), save_for_backward)
+    separate = save_for_backward and merge != "lse"
+    group_out = lse.new_empty((*lse.shape, value.shape[3]) if separate else (0,))
+    return out, lse, lse_low, group_out
 
 
 @torch.library.register_fake("mmca_ext::mmca_attention_backward")
@@ -93,6 +112,7 @@ def _(
     value,
     out,
     lse,
+    lse_low,
     group_out,
     modality,
     image_id,
@@ -102,4 +122,5 @@ def _(
     scale,
     dropout_p,
 ):
+    _check_devices(query, grad_out, grad_lse, key, value, out, lse, lse_low, group_out, modality, image_id)
     return _gradients(query, key, value)

@@ -28,7 +28,7 @@ _attention = torch.ops.mmca_ext.attention.default
 _mmca_attention = torch.ops.mmca_ext.mmca_attention.default
 
 _BUILT_DTYPES = frozenset((torch.float32, torch.float64))
-_BUILT_MERGES = frozenset(("sum", "lse"))
+_BUILT_MERGES = ("sum", "lse")
 _UNBUILT_DTYPES = frozenset((torch.float16, torch.bfloat16))
 
 
@@ -94,7 +94,9 @@ def attention(
         _refuse_dtype("attention", query)
     left, right = (-1, -1) if window is None else parse_window(window)
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
-    out, lse = _attention(query, key, value, attn_mask, key_mask, rng_state, scale, is_causal, left, right, dropout_p)
+    out, lse, _ = _attention(
+        query, key, value, attn_mask, key_mask, rng_state, scale, is_causal, left, right, dropout_p, False
+    )
     return (out, lse) if return_lse else out
 
 
@@ -160,7 +162,7 @@ def mmca_attention(
     if query.dtype not in _BUILT_DTYPES:
         _refuse_dtype("mmca_attention", query)
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
-    out, lse, _ = _mmca_attention(
+    out, lse, _, _ = _mmca_attention(
         query, key, value, modality, image_id, rng_state, image_rows, merge, scale, dropout_p, False
     )
     return (out, lse) if return_lse else out

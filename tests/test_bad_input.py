@@ -55,7 +55,7 @@ TENSORS = [
 
 
 def raw_attention(q, k, v, mask=None, key_mask=None, rng=None, scale=None, causal=False, left=-1, right=-1, p=0.0):
-    return ops.attention(q, k, v, mask, key_mask, rng, scale, causal, left, right, p)
+    return ops.attention(q, k, v, mask, key_mask, rng, scale, causal, left, right, p, False)
 
 
 def raw_mmca(q, k, v, ids=IDS, image=None, rng=None, rows="self", merge="sum", scale=None, p=0.0, save=False):
@@ -63,16 +63,16 @@ def raw_mmca(q, k, v, ids=IDS, image=None, rng=None, rows="self", merge="sum", s
 
 
 def raw_attention_backward(
-    q, k, v, grad=OUT, grad_lse=None, out=OUT, lse=LSE, mask=None, key_mask=None, p=0.0, rng=None
+    q, k, v, grad=OUT, grad_lse=None, out=OUT, lse=LSE, low=LSE, mask=None, key_mask=None, p=0.0, rng=None
 ):
-    return ops.attention_backward(grad, grad_lse, q, k, v, out, lse, mask, key_mask, rng, None, False, -1, -1, p)
+    return ops.attention_backward(grad, grad_lse, q, k, v, out, lse, low, mask, key_mask, rng, None, False, -1, -1, p)
 
 
 def raw_mmca_backward(
-    q, k, v, grad=OUT, grad_lse=None, out=OUT, lse=LSES, groups=GROUPS, ids=IDS, image=None, rows="self"
+    q, k, v, grad=OUT, grad_lse=None, out=OUT, lse=LSES, low=LSES, groups=GROUPS, ids=IDS, image=None, rows="self"
 ):
     return ops.mmca_attention_backward(
-        grad, grad_lse, q, k, v, out, lse, groups, ids, image, None, rows, "sum", None, 0.0
+        grad, grad_lse, q, k, v, out, lse, low, groups, ids, image, None, rows, "sum", None, 0.0
     )
 
 
@@ -210,6 +210,8 @@ RAW = [
     (ValueError, r"lse and its gradient", lambda: raw_attention_backward(Q, K, V, lse=LSE.double())),
     (ValueError, r"lse and its gradient", lambda: raw_attention_backward(Q, K, V, grad_lse=LSES)),
     (ValueError, r"lse and its gradient", lambda: raw_mmca_backward(Q, K, V, lse=LSE)),
+    (ValueError, r"lse_low must be", lambda: raw_attention_backward(Q, K, V, low=LSES)),
+    (ValueError, r"lse_low must be", lambda: raw_mmca_backward(Q, K, V, low=LSES.double())),
     (ValueError, r"group_out must be", lambda: raw_mmca_backward(Q, K, V, groups=torch.zeros(0))),
     (ValueError, r"group_out must be", lambda: raw_mmca_backward(Q, K, V, groups=GROUPS.mT.contiguous().mT)),
     (ValueError, r"group_out must be", lambda: raw_mmca_backward(Q, K, V, groups=GROUPS.double())),
@@ -285,6 +287,7 @@ for op in itertools.islice(itertools.cycle((ops.attention.default, ops.attention
                  "image_rows": "block", "merge": "sum", "rng_state": torch.tensor([1, 2]), "attn_mask": None,
                  "key_mask": None, "out": torch.randn(2, 4, 3, 6), "grad_out": torch.randn(2, 4, 3, 6),
                  "lse": torch.randn((2, 2, 4, 3) if "mmca_a" in str(op) else (2, 4, 3)), "grad_lse": None,
+                 "lse_low": torch.zeros(0),
                  "group_out": torch.randn(2, 2, 4, 3, 6), "scale": None, "dropout_p": 0.1}
         wrong = rand.randrange(len(arguments))
         arguments = [x if i == wrong else right.get(a.name, x) for i, (a, x) in

@@ -260,7 +260,7 @@ def test_compiles_in_one_graph(dynamic):
 def test_fake_results_have_the_real_layout(rows):
     query = randn(2, 3, 4, 8).transpose(1, 2) if rows else QUERY
     calls = (
-        (torch.ops.mmca_ext.attention, (query, KEY, VALUE, None, None, None, None, False, -1, -1, 0.0)),
+        (torch.ops.mmca_ext.attention, (query, KEY, VALUE, None, None, None, None, False, -1, -1, 0.0, True)),
         (
             torch.ops.mmca_ext.mmca_attention,
             (query, KEY, VALUE, MODALITY, None, None, "self", "sum", None, 0.0, True),

@@ -66,7 +66,7 @@ def test_attention(isa, shape, kwargs):
 @pytest.mark.parametrize("p", [0.3, 0.9])
 def test_attention_with_dropout(isa, p):
     def function(query, key, value):
-        return attention(query, key, value, MASK, None, RNG_STATE, None, True, -1, -1, p)[0]
+        return attention(query, key, value, MASK, None, RNG_STATE, None, True, -1, -1, p, False)[0]
 
     check(function, inputs())
 
@@ -81,7 +81,7 @@ IMAGE_ID = torch.tensor([[1, 2, 0, 3, 3, 0, 0], [0, 5, 0, 5, 0, 6, 7]])
 def test_mmca_attention(isa, image_rows, merge, p):
     def function(query, key, value):
         arguments = (MODALITY, IMAGE_ID, RNG_STATE if p else None, image_rows, merge, None, p, True)
-        out, lse, _ = mmca_attention(query, key, value, *arguments)
+        out, lse, _, _ = mmca_attention(query, key, value, *arguments)
         return out, finite_lse(lse)
 
     check(function, inputs(q_len=6))
@@ -103,13 +103,13 @@ def test_gradcheck_can_fail():
         @staticmethod
         def forward(ctx, query, key, value):
             ctx.save_for_backward(query, key, value)
-            return attention(query, key, value, None, None, RNG_STATE, None, False, -1, -1, 0.5)[0]
+            return attention(query, key, value, None, None, RNG_STATE, None, False, -1, -1, 0.5, False)[0]
 
         @staticmethod
         def backward(ctx, grad):
             with torch.enable_grad():
                 tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-                out = attention(*tensors, None, None, RNG_STATE + 1, None, False, -1, -1, 0.5)[0]
+                out = attention(*tensors, None, None, RNG_STATE + 1, None, False, -1, -1, 0.5, False)[0]
             return torch.autograd.grad(out, tensors, grad)
 
     with pytest.raises(GradcheckError):

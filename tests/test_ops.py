@@ -62,11 +62,12 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck_attention(options, rows, dtype):
     tensors = qkv(dtype=dtype, rows=rows)
-    torch.library.opcheck(ops.attention.default, (*tensors, *ATTENTION[options]), test_utils=CHECKS)
+    for save in (False, True):
+        torch.library.opcheck(ops.attention.default, (*tensors, *ATTENTION[options], save), test_utils=CHECKS)
     tensors = [t.detach() for t in tensors]
-    out, lse = ops.attention(*tensors, *ATTENTION[options])
-    for grad_lse in (None, torch.ones_like(lse)):
-        args = (torch.ones_like(out), grad_lse, *tensors, out, lse, *ATTENTION[options])
+    results = ops.attention(*tensors, *ATTENTION[options], True)
+    for grad_lse in (None, torch.ones_like(results[1])):
+        args = (torch.ones_like(results[0]), grad_lse, *tensors, *results, *ATTENTION[options])
         torch.library.opcheck(ops.attention_backward.default, args, test_utils=CHECKS)
 
 
@@ -106,7 +107,7 @@ def test_results_follow_the_layout_rule(layout):
 def test_results_own_their_memory():
     """No result shares memory with an input or another result."""
     tensors = qkv(grad=False)
-    results = [*tensors, *ops.attention(*tensors, *ATTENTION["plain"])]
+    results = [*tensors, *ops.attention(*tensors, *ATTENTION["plain"], True)]
     results += ops.mmca_attention(*tensors, modality(), *MMCA["self sum"], True)
     assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
 
@@ -376,10 +377,9 @@ def test_fork_after_use():
             out = functional.attention(*tensors)
             same = torch.equal(out, expected)
             # Autograd refuses its own engine in a forked child, so the backward operator is called itself.
-            out, lse = ops.attention(*(t.detach() for t in tensors), *ATTENTION["plain"])
-            actual = ops.attention_backward(
-                out.cos(), None, *(t.detach() for t in tensors), out, lse, *ATTENTION["plain"]
-            )
+            detached = [t.detach() for t in tensors]
+            results = ops.attention(*detached, *ATTENTION["plain"], True)
+            actual = ops.attention_backward(results[0].cos(), None, *detached, *results, *ATTENTION["plain"])
             same &= all(torch.equal(a, b) for a, b in zip(actual, expected_gradients, strict=True))
             status = 0 if same else 2
         finally:

@@ -40,9 +40,11 @@ void for_each_item(Executor& executor, std::int64_t count, double work, const Bo
   queue.body = &body;
   const auto drain = [](void* context, int) {
     Queue& queue = *static_cast<Queue*>(context);
-    for (std::int64_t item; (item = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.count;) (*queue.body)(item);
+    for (std::int64_t item; (item = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.count;)
+      (*queue.body)(item);
   };
-  const auto workers = static_cast<int>(std::min({static_cast<double>(executor.concurrency()), static_cast<double>(count), work / worth_a_worker}));
+  const auto workers = static_cast<int>(
+      std::min({static_cast<double>(executor.concurrency()), static_cast<double>(count), work / worth_a_worker}));
   if (workers <= 1) {
     drain(&queue, 0);
   } else {

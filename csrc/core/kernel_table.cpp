@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 
 #include "cpu/isa.h"
@@ -90,7 +89,8 @@ std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& feature
   return "";
 }
 
-const Kernel& select_kernel(Operation operation, DType dtype, const std::vector<CpuFeature>& features, std::optional<Isa> forced) {
+const Kernel& select_kernel(Operation operation, DType dtype, const std::vector<CpuFeature>& features,
+                            std::optional<Isa> forced) {
   std::string reasons;
   for (const Kernel& kernel : kernel_table()) {
     if (kernel.operation != operation || kernel.dtype != dtype) continue;
@@ -110,13 +110,16 @@ std::optional<Isa> forced_isa() {
   int choice = forced_choice.load(std::memory_order_relaxed);
   if (choice == unread) {
     const char* name = std::getenv("MMCA_EXT_ISA");
-    choice = name && *name ? static_cast<int>(check_isa(name, "mmca_ext: the environment variable MMCA_EXT_ISA")) : any_isa;
+    choice =
+        name && *name ? static_cast<int>(check_isa(name, "mmca_ext: the environment variable MMCA_EXT_ISA")) : any_isa;
     forced_choice = choice;
   }
   return choice == any_isa ? std::nullopt : std::optional<Isa>(static_cast<Isa>(choice));
 }
 
 void run(Operation operation, const Problem& problem, Executor& executor) {
+  if (problem.is_mmca && problem.merge != Merge::sum && problem.merge != Merge::lse)
+    throw std::invalid_argument("mmca_ext: the merges gate and none are not built");
   const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa());
   launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
   kernel.run(problem, make_plan(problem), executor);

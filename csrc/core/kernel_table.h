@@ -33,22 +33,24 @@ std::string isa_names();  // "scalar, avx2, avx512": those built into this binar
 
 // All kernels, the best instruction set first.
 const std::vector<Kernel>& kernel_table();
-// How often each kernel of the table has been run by this process.
+// How often a kernel of the table has been run by this process.
 std::uint64_t launches(const Kernel& kernel);
 
 // Why a kernel does not run on a processor with these features under this choice of instruction set; empty: it does.
 std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& features, std::optional<Isa> forced);
 
 // The first kernel of the table that serves the case and does not refuse; throws std::runtime_error with every reason.
-const Kernel& select_kernel(Operation operation, DType dtype, const std::vector<CpuFeature>& features, std::optional<Isa> forced);
+const Kernel& select_kernel(Operation operation, DType dtype, const std::vector<CpuFeature>& features,
+                            std::optional<Isa> forced);
 
-// Restricts selection to one instruction set, for tests and measurements; nullopt ends it. The environment variable
+// Restricts selection to one instruction set, for tests and measurements, until unforce_isa(). The environment variable
 // MMCA_EXT_ISA gives the initial choice. Throws std::invalid_argument where this processor or binary lacks it.
 void force_isa(const std::string& name);
 void unforce_isa();
 std::optional<Isa> forced_isa();
 
-// Plans the problem, selects a kernel for the running processor and runs it.
+// Plans the problem, selects a kernel for the running processor and runs it. Throws std::invalid_argument for what no
+// kernel computes yet.
 void run(Operation operation, const Problem& problem, Executor& executor);
 
 }  // namespace mmca

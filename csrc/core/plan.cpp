@@ -119,7 +119,8 @@ SequencePlan plan_mmca(const Problem& problem, const std::int32_t* modality, con
         switch (problem.image_rows) {
           case ImageRows::causal: text = text_prefix, images = image_prefix; break;
           case ImageRows::block:
-            images = {image_rank[static_cast<std::size_t>(image[at].begin)], image_rank[static_cast<std::size_t>(image[at].end)]};
+            images = {image_rank[static_cast<std::size_t>(image[at].begin)],
+                      image_rank[static_cast<std::size_t>(image[at].end)]};
             break;
           case ImageRows::self_text: text = text_prefix; [[fallthrough]];
           case ImageRows::self:

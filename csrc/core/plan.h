@@ -1,6 +1,6 @@
-// Who sees what, worked out once per call: the visibility arguments of a Problem (causal, window, key padding, modality)
-// become lists of keys and, for each row, one half-open range in each list. After this the kernels know nothing of
-// modalities or padding: hidden keys are absent, and a row's cost is the length of its ranges.
+// Who sees what, worked out once per call: the visibility arguments of a Problem (causal, window, key padding,
+// modality) become lists of keys and, for each row, one half-open range in each list. After this the kernels know
+// nothing of modalities or padding: hidden keys are absent, and a row's cost is the length of its ranges.
 //
 // O(batch * (q_len + k_len)) memory at most; batches with nothing of their own share one sequence.
 #pragma once
@@ -32,13 +32,15 @@ struct SequencePlan {
   std::vector<std::int32_t> rows;         // every query row once, rows of a kind together; empty: the identity
   std::vector<Range> ranges[max_groups];  // [group][index in rows]: what the row sees, in coordinates of keys[group]
   KeyList keys[max_groups];
-  std::vector<std::int32_t> hidden_keys;   // keys in no list: padding
-  std::vector<std::uint8_t> self_rows;     // [query row]: 1 where the row itself is its image group; empty: no such row
+  std::vector<std::int32_t> hidden_keys;  // keys in no list: padding
+  std::vector<std::uint8_t> self_rows;    // [query row]: 1 where the row itself is its image group; empty: no such row
 
   std::int32_t row(std::int64_t index) const {
     return rows.empty() ? static_cast<std::int32_t>(index) : rows[static_cast<std::size_t>(index)];
   }
-  bool attends_to_itself(std::int64_t row) const { return !self_rows.empty() && self_rows[static_cast<std::size_t>(row)]; }
+  bool attends_to_itself(std::int64_t row) const {
+    return !self_rows.empty() && self_rows[static_cast<std::size_t>(row)];
+  }
 };
 
 struct Plan {

@@ -60,15 +60,16 @@ struct Problem {
   std::int64_t head_dim = 1, value_dim = 1;  // 1..256 each
   double scale = 1.0;
 
-  // Which keys a row sees: the conjunction of everything below.
-  bool causal = false;                         // j <= p: bottom-right aligned
-  std::int64_t window_left = -1;               // p - left <= j; -1: unbounded
-  std::int64_t window_right = -1;              // j <= p + right; -1: unbounded
-  Strided<const std::uint8_t*> attn_mask;      // (batch, q_heads, q_len, k_len), non-zero: attend; null: none
-  const std::uint8_t* key_mask = nullptr;      // (batch, k_len) contiguous, non-zero: attend; null: none
-  bool is_mmca = false;                        // two key groups, by modality; false: one group, and nothing below counts
-  const std::int32_t* modality = nullptr;      // (batch, k_len) contiguous: 0 padding, 1 text, >= 2 image
-  const std::int32_t* image_id = nullptr;      // (batch, k_len) contiguous, for ImageRows::block; null: runs of modality
+  // Which keys a row sees: the conjunction of what is given. MMCA takes its order from the modality rule instead of
+  // causal, window and key_mask.
+  bool causal = false;                     // j <= p: bottom-right aligned
+  std::int64_t window_left = -1;           // p - left <= j; -1: unbounded
+  std::int64_t window_right = -1;          // j <= p + right; -1: unbounded
+  Strided<const std::uint8_t*> attn_mask;  // (batch, q_heads, q_len, k_len), non-zero: attend; null: none
+  const std::uint8_t* key_mask = nullptr;  // (batch, k_len) contiguous, non-zero: attend; null: none
+  bool is_mmca = false;                    // two key groups, by modality; false: one group, and nothing below counts
+  const std::int32_t* modality = nullptr;  // (batch, k_len) contiguous: 0 padding, 1 text, >= 2 image
+  const std::int32_t* image_id = nullptr;  // (batch, k_len) contiguous, for ImageRows::block; null: runs of modality
   ImageRows image_rows = ImageRows::self;
   Merge merge = Merge::sum;
 
@@ -76,10 +77,12 @@ struct Problem {
 
   // Inputs, and the forward's results (read again by the backward). `value`'s feature count is value_dim.
   Input query, key, value;
-  Output out;                         // (batch, q_heads, q_len, value_dim)
-  RowStatistic<void*> lse;            // (groups, batch, q_heads, q_len), natural logarithm
-  void* group_out = nullptr;          // (groups, batch, q_heads, q_len, value_dim) contiguous, accumulation type, or null;
-                                      // the backward of separate softmaxes (merge sum) needs it
+  Output out;                   // (batch, q_heads, q_len, value_dim)
+  RowStatistic<void*> lse;      // (groups, batch, q_heads, q_len), natural logarithm
+  RowStatistic<void*> lse_low;  // what rounding took from lse: log2(e) lse, so rounded, + lse_low is the logarithm to
+                                // base 2; null: not kept, and taken as 0 by the backward
+  void* group_out = nullptr;    // (groups, batch, q_heads, q_len, value_dim) contiguous, accumulation type, or null;
+                                // the backward of separate softmaxes (merge sum) needs it
 
   // The backward's further inputs and its results. Every element of every result is written.
   Input grad_out;

@@ -2,15 +2,16 @@
 //
 // With group r's weight w in the merge (1, or exp(lse_r - LSE) for the joint softmax) and dO' = w dO:
 //
-//     P   = exp2(Q' K^T - lse_r log2(e))                 Q' = query * scale * log2(e); hidden pairs: 0
+//     P   = exp2(c Q K^T - lse_r log2(e))                c = scale log2(e); hidden pairs: 0
 //     dP  = Z (dO' V^T)
-//     dS  = P (dP - offset)      offset = w rowsum(dO out) - dlse_r   joint,   rowsum(dO O_r) - dlse_r   otherwise
+//     dS  = P (dP - offset)      offset = w rowsum(dO out) - dlse_r   joint,   rowsum(dO O_r) - dlse_r   otherwise,
+//                                or rowsum(P dP) - dlse_r where one block holds all keys
 //     dV += (P Z)^T dO';   dK += scale dS^T Q;   dQ += scale dS K
 //
 // A work item owns a run of one group's keys: keys outermost, rows (cpu/rows.h) inside, dK and dV in scratch until all
 // rows have passed, dQ added to the item's own partial. No atomics on floats and no order that depends on threads.
 //
-// Layout in scratch: Q', dO' strips [strip][feature][tile_rows]; K, V columns [panel][feature][lanes]; K, Q, dO' rows
+// Layout in scratch: Q, dO' strips [strip][feature][tile_rows]; K, V columns [panel][feature][lanes]; K, Q, dO' rows
 // [feature panel][row][lanes]; P and dS [row][key]; dK, dV, partial dQ [row][feature].
 
 template <class T, class Storage>
@@ -21,11 +22,13 @@ class Backward {
   static std::int64_t partial_row_bytes(const Problem& problem) {
     return static_cast<std::int64_t>(sizeof(T)) * round_up(static_cast<int>(problem.head_dim), width);
   }
-  static std::int64_t padded_rows(const Problem& problem) {
-    return (problem.q_len * problem.heads_per_kv() + row_block - 1) / row_block * row_block;
+  // Rows of a partial: whole strips, of which there are `row_blocks` blocks.
+  static std::int64_t partial_rows(const Problem& problem) {
+    return (problem.q_len * problem.heads_per_kv() + strip_rows - 1) / strip_rows * strip_rows;
   }
+  static std::int64_t row_blocks(const Problem& problem) { return (partial_rows(problem) + row_block - 1) / row_block; }
 
-  // `partials`: a block of padded_rows * partial_row_bytes for each slot; `touched`: a zeroed byte for each row block of each.
+  // `partials`: partial_rows * partial_row_bytes for each slot; `touched`: a zeroed byte for each row block of each.
   Backward(const Problem& problem, const Plan& plan, BackwardWave& wave, T* partials, std::uint8_t* touched)
       : problem_(problem), plan_(plan), wave_(wave), partials_(partials), touched_(touched) {}
 
@@ -53,6 +56,7 @@ class Backward {
     Item(const Backward& parent, const BackwardHead& head, const BackwardItem& item, Arena& arena)
         : problem_(parent.problem_),
           rows_{problem_, parent.plan_.of(head.batch), head.batch, head.kv_head},
+          scale_(problem_.scale),
           keys_(rows_.plan.keys[item.group]),
           visibility_(rows_, keys_, item.group),
           item_(item),
@@ -78,8 +82,9 @@ class Backward {
       grad_rows_ = arena.take<T>(static_cast<std::size_t>(row_block) * padded_value_dim_);
       weights_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
       score_grads_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
-      lse2_ = arena.take<T>(row_block);
+      lse2_ = arena.take<SplitLse<T>>(row_block);
       offset_ = arena.take<T>(row_block);
+      lse_gradient_ = arena.take<T>(row_block);
       dropout_ = arena.take<T>(key_block);
       const int dim = std::max(padded_head_dim_, padded_value_dim_);
       buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
@@ -133,8 +138,12 @@ class Backward {
     }
 
    private:
-    RowReader<T, Storage> query_reader(Row row) const { return {problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_}; }
-    RowReader<T, Storage> grad_reader(Row row) const { return {problem_.grad_out, rows_.batch, row.head, value_dim_, padded_value_dim_}; }
+    RowReader<T, Storage> query_reader(Row row) const {
+      return {problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_};
+    }
+    RowReader<T, Storage> grad_reader(Row row) const {
+      return {problem_.grad_out, rows_.batch, row.head, value_dim_, padded_value_dim_};
+    }
 
     void pack_keys(std::int32_t first, int keys) {
       const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
@@ -145,11 +154,15 @@ class Backward {
       for (int c = 0; c < round_up(keys, width); c += width) {
         const int n = std::min(width, keys - c);
         for (int i = 0; i < n; ++i) source[i] = key.row(keys_.position(first + c + i), buffer_ + i * padded_head_dim_);
-        pack_columns<T, width>(source, n, head_dim_, T(1), key_columns_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_);
-        for (int i = 0; i < n; ++i) finite = pack_row<T>(source[i], padded_head_dim_, key_rows_ + (c + i) * width, panel, finite);
+        pack_columns<T, width>(source, n, head_dim_, T(1),
+                               key_columns_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_);
+        for (int i = 0; i < n; ++i)
+          finite = pack_row<T>(source[i], padded_head_dim_, key_rows_ + (c + i) * width, panel, finite);
         for (int i = n; i < width; ++i) pack_zero_row<T>(padded_head_dim_, key_rows_ + (c + i) * width, panel);
-        for (int i = 0; i < n; ++i) source[i] = value.row(keys_.position(first + c + i), buffer_ + i * padded_value_dim_);
-        pack_columns<T, width>(source, n, value_dim_, T(1), value_columns_ + static_cast<std::ptrdiff_t>(c) * padded_value_dim_);
+        for (int i = 0; i < n; ++i)
+          source[i] = value.row(keys_.position(first + c + i), buffer_ + i * padded_value_dim_);
+        pack_columns<T, width>(source, n, value_dim_, T(1),
+                               value_columns_ + static_cast<std::ptrdiff_t>(c) * padded_value_dim_);
       }
       keys_finite_ = is_finite(S::reduce_add(finite));
       if (!keys_finite_) zero_non_finite(key_rows_, panel * (padded_head_dim_ / width));
@@ -158,7 +171,6 @@ class Backward {
     // Everything of a block of rows that does not depend on the keys; rows past `rows` are zero and see nothing.
     void pack_rows(std::int64_t entry, int rows) {
       constexpr std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(row_block) * width;
-      const T scale = static_cast<T>(problem_.scale * log2_e);
       const T *query[strip_rows], *grad[strip_rows];
       typename S::Reg query_finite = S::zero(), grad_finite = S::zero();
       for (int r0 = 0; r0 < round_up(rows, strip_rows); r0 += strip_rows) {
@@ -168,18 +180,20 @@ class Backward {
           query[i] = query_reader(row).row(row.row, buffer_ + i * padded_head_dim_);
           const RowGradient g = row_gradient(row, item_.group, grad_buffer_ + i * padded_value_dim_);
           grad[i] = g.grad;
-          lse2_[r0 + i] = g.lse == -infinity<T> ? infinity<T> : g.lse * static_cast<T>(log2_e);
+          lse2_[r0 + i] = g.lse2.high == -infinity<T> ? SplitLse<T>(infinity<T>, T(0)) : g.lse2;
           offset_[r0 + i] = g.offset;
+          lse_gradient_[r0 + i] = g.lse_gradient;
           query_finite = pack_row<T>(query[i], padded_head_dim_, query_rows_ + (r0 + i) * width, panel, query_finite);
           grad_finite = pack_row<T>(grad[i], padded_value_dim_, grad_rows_ + (r0 + i) * width, panel, grad_finite);
         }
         for (int i = n; i < strip_rows; ++i) {
-          lse2_[r0 + i] = infinity<T>;
-          offset_[r0 + i] = T(0);
+          lse2_[r0 + i] = SplitLse<T>(infinity<T>, T(0));
+          offset_[r0 + i] = lse_gradient_[r0 + i] = T(0);
           pack_zero_row<T>(padded_head_dim_, query_rows_ + (r0 + i) * width, panel);
           pack_zero_row<T>(padded_value_dim_, grad_rows_ + (r0 + i) * width, panel);
         }
-        pack_columns<T, strip_rows>(query, n, head_dim_, scale, query_strips_ + r0 / strip_rows * strip_size_);
+        pack_columns<T, strip_rows>(query, n, head_dim_, scale_.query_factor,
+                                    query_strips_ + r0 / strip_rows * strip_size_);
         pack_columns<T, strip_rows>(grad, n, value_dim_, T(1), grad_strips_ + r0 / strip_rows * value_strip_size_);
       }
       queries_finite_ = is_finite(S::reduce_add(query_finite));
@@ -190,14 +204,20 @@ class Backward {
 
     struct RowGradient {
       const T* grad;  // w dO, padded
-      T lse, offset, weight;
+      SplitLse<T> lse2;
+      T offset, lse_gradient;
     };
 
     RowGradient row_gradient(Row row, int group, T* buffer) const {
-      T lse[max_groups], weight[max_groups] = {T(1), T(1)};
-      for (int g = 0; g < problem_.groups(); ++g)
-        lse[g] = static_cast<const T*>(problem_.lse.data)[problem_.lse.offset(g, rows_.batch, row.head, row.row)];
-      if (problem_.groups() == 2) merge_weights(problem_.merge, lse, weight);
+      SplitLse<T> lse2[max_groups];
+      double exact[max_groups];
+      T weight[max_groups] = {T(1), T(1)};
+      for (int g = 0; g < problem_.groups(); ++g) {
+        const T low = problem_.lse_low.data ? *statistic<T>(problem_.lse_low, g, rows_.batch, row) : T(0);
+        lse2[g] = SplitLse<T>(*statistic<T>(problem_.lse, g, rows_.batch, row), low);
+        exact[g] = lse2[g].exact();
+      }
+      if (problem_.groups() == 2) merge_weights(problem_.merge, exact, weight);
       const T* grad = grad_reader(row).row(row.row, buffer);
 
       T product;  // w rowsum(dO out), or rowsum(dO O_r)
@@ -211,13 +231,13 @@ class Backward {
         const RowReader<T, T> reader(as_input, 0, 0, value_dim_, padded_value_dim_);
         product = dot(grad, reader.row(0, row_buffer_), padded_value_dim_);
       }
-      const auto& grad_lse = problem_.grad_lse;
-      if (grad_lse.data) product -= static_cast<const T*>(grad_lse.data)[grad_lse.offset(group, rows_.batch, row.head, row.row)];
+      const T lse_gradient =
+          problem_.grad_lse.data ? *statistic<const T>(problem_.grad_lse, group, rows_.batch, row) : T(0);
       if (weight[group] != T(1)) {
         for (int d = 0; d < padded_value_dim_; ++d) buffer[d] = weighted(weight[group], grad[d]);
         grad = buffer;
       }
-      return {grad, lse[group], product, weight[group]};
+      return {grad, lse2[group], product - lse_gradient, lse_gradient};
     }
 
     // One block of rows meets keys first + c .. first + c + n - 1, which lie at c in the packed range.
@@ -226,7 +246,8 @@ class Backward {
       int from[block_strips], to[block_strips];  // columns of P and dS that were computed, per strip
       for (int s = 0; s < strips; ++s) {
         const int count = std::min(strip_rows, rows - s * strip_rows);
-        const StripRange range = strip_range(rows_, item_.group, entry + s * strip_rows, entry + s * strip_rows + count);
+        const StripRange range =
+            strip_range(rows_, item_.group, entry + s * strip_rows, entry + s * strip_rows + count);
         from[s] = std::clamp((range.any.begin - first - c) / width * width, 0, n);
         to[s] = std::max(from[s], round_up(std::clamp(range.any.end - first - c, 0, n), width));
         for (int k = from[s]; k < to[s]; k += width) score(entry, s, count, range.all, first + c + k, c + k, k);
@@ -243,20 +264,23 @@ class Backward {
       for (int d = 0; d < padded_head_dim_; d += width)
         for (int s = 0; s < strips; ++s)
           if (from[s] < to[s])
-            row_tile<T, strip_rows, stride>(to[s] - from[s], score_grads_ + s * strip_rows * stride + from[s],
-                                            key_rows_ + d / width * key_panel + static_cast<std::ptrdiff_t>(c + from[s]) * width,
-                                            grad_query + static_cast<std::ptrdiff_t>(s) * strip_rows * padded_head_dim_ + d, padded_head_dim_);
+            row_tile<T, strip_rows, stride>(
+                to[s] - from[s], score_grads_ + s * strip_rows * stride + from[s],
+                key_rows_ + d / width * key_panel + static_cast<std::ptrdiff_t>(c + from[s]) * width,
+                grad_query + static_cast<std::ptrdiff_t>(s) * strip_rows * padded_head_dim_ + d, padded_head_dim_);
       add_transposed(weights_, grad_rows_, padded_value_dim_, grad_value_, c, padded_keys, strips, from, to);
       add_transposed(score_grads_, query_rows_, padded_head_dim_, grad_key_, c, padded_keys, strips, from, to);
-      if (!keys_finite_ || !queries_finite_ || !grads_finite_) add_hidden_non_finite(entry, rows, first, c, n, grad_query);
+      if (!keys_finite_ || !queries_finite_ || !grads_finite_)
+        add_hidden_non_finite(entry, rows, first, c, n, grad_query);
     }
 
-    // P (before exp2) and dO' V^T for one tile.
+    // Q K^T and dO' V^T for one tile.
     void score(std::int64_t entry, int s, int count, Range all, std::int32_t key, int packed, int column) {
       T* scores = weights_ + s * strip_rows * stride + column;
       T* grads = score_grads_ + s * strip_rows * stride + column;
       const bool whole = !visibility_.has_mask() && key >= all.begin && key + width <= all.end;
-      const auto tile = whole ? Visibility::all : visibility_.template look<width>(entry + s * strip_rows, count, key, visible_);
+      const auto tile =
+          whole ? Visibility::all : visibility_.template look<width>(entry + s * strip_rows, count, key, visible_);
       if (tile == Visibility::none) {
         for (int r = 0; r < strip_rows; ++r) {
           std::fill_n(scores + r * stride, width, -infinity<T>);
@@ -267,10 +291,12 @@ class Backward {
       score_tile<T, strip_rows, stride>(head_dim_, query_strips_ + s * strip_size_,
                                         key_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_head_dim_, scores);
       score_tile<T, strip_rows, stride>(value_dim_, grad_strips_ + s * value_strip_size_,
-                                        value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_, grads);
+                                        value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_,
+                                        grads);
       if (tile == Visibility::all) return;
       // Padding rows must not meet a hidden NaN either.
-      visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, scores, stride, -infinity<T>);
+      visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, scores, stride,
+                                       -infinity<T>);
       visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, grads, stride, T(0));
     }
 
@@ -281,31 +307,41 @@ class Backward {
       const bool dropout = problem_.dropout.threshold && real;
       if (dropout) {
         const Row row = rows_.at(entry);
-        dropout_factors<T>(problem_.dropout, keys_, first + from, to - from, static_cast<std::uint32_t>(rows_.position(row.row)),
+        dropout_factors<T>(problem_.dropout, keys_, first + from, to - from,
+                           static_cast<std::uint32_t>(rows_.position(row.row)),
                            static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
         for (int k = from; k < to; ++k) grads[k] *= dropout_[k - from];
       }
-      score_gradient_row<T>(weights + from, grads + from, to - from, lse2_[r], offset_[r]);
+      if (is_whole(entry))
+        whole_score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse_gradient_[r]);
+      else score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse2_[r], offset_[r]);
       if (dropout)
         for (int k = from; k < to; ++k) weights[k] *= dropout_[k - from];
-      if (real && (!is_finite(offset_[r]) || lse2_[r] != lse2_[r]))  // 0 * NaN: hide again
+      if (real && (!is_finite(offset_[r]) || lse2_[r].high != lse2_[r].high))  // 0 * NaN: hide again
         for (int k = from; k < to; ++k)
           if (!visibility_.sees(entry, first + k)) weights[k] = grads[k] = T(0);
+    }
+
+    // Does one block of keys hold everything that the entry's softmax sums over?
+    bool is_whole(std::int64_t entry) const {
+      if (keys_.size > key_block) return false;
+      if (problem_.groups() == 1 || !problem_.joint() || entry >= entries_) return true;
+      return rows_.range(1 - item_.group, entry).size() == 0 && !rows_.plan.attends_to_itself(rows_.at(entry).row);
     }
 
     // The partial's block of rows at `entry`, zeroed on first use.
     T* touch(std::int64_t entry) {
       T* block = parent_.partial(item_.slot, entry, padded_head_dim_);
       std::uint8_t* touched = parent_.touched(item_.slot, entry);
-      const std::int64_t rows = std::min<std::int64_t>(row_block, round_up(static_cast<int>(std::min<std::int64_t>(entries_ - entry, row_block)), strip_rows));
+      const std::int64_t rows = std::min<std::int64_t>(partial_rows(problem_) - entry, row_block);
       if (!*touched) std::fill_n(block, rows * padded_head_dim_, T(0));
       *touched = 1;
       return block;
     }
 
     // gradient[key] += columns of `weights` times packed rows, over the strips that look at the keys.
-    void add_transposed(const T* weights, const T* packed_rows, int dim, T* gradient, int c, int padded_keys, int strips,
-                        const int* from, const int* to) {
+    void add_transposed(const T* weights, const T* packed_rows, int dim, T* gradient, int c, int padded_keys,
+                        int strips, const int* from, const int* to) {
       int begin[key_block / strip_rows], end[key_block / strip_rows];
       for (int k = 0; k < padded_keys; k += strip_rows) {
         int& b = begin[k / strip_rows] = strips;
@@ -324,7 +360,8 @@ class Backward {
     }
 
     // What zero_non_finite took out of the panels, for the pairs that see each other (see cpu/pack.h).
-    MMCA_NOINLINE void add_hidden_non_finite(std::int64_t entry, int rows, std::int32_t first, int c, int n, T* grad_query) {
+    MMCA_NOINLINE void add_hidden_non_finite(std::int64_t entry, int rows, std::int32_t first, int c, int n,
+                                             T* grad_query) {
       const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
       for (int r = 0; r < rows; ++r) {
         const Row row = rows_.at(entry + r);
@@ -335,7 +372,8 @@ class Backward {
           if (!visibility_.sees(entry + r, first + c + k)) continue;
           const T weight = weights_[r * stride + k], score_grad = score_grads_[r * stride + k];
           if (!keys_finite_)
-            add_non_finite(key.row(keys_.position(first + c + k), key_buffer), head_dim_, score_grad, grad_query + r * padded_head_dim_);
+            add_non_finite(key.row(keys_.position(first + c + k), key_buffer), head_dim_, score_grad,
+                           grad_query + r * padded_head_dim_);
           if (!queries_finite_) add_non_finite(query, head_dim_, score_grad, grad_key_ + (c + k) * padded_head_dim_);
           if (!grads_finite_) add_non_finite(grad, value_dim_, weight, grad_value_ + (c + k) * padded_value_dim_);
         }
@@ -360,7 +398,8 @@ class Backward {
         const std::int64_t i = keys_.position(first + k) - problem_.row_shift();
         if (i < 0 || i >= problem_.q_len || !rows_.plan.attends_to_itself(i)) continue;
         for (std::int64_t h = 0; h < problem_.heads_per_kv(); ++h) {
-          const Row row{static_cast<std::int32_t>(i), static_cast<std::int32_t>(rows_.kv_head * problem_.heads_per_kv() + h)};
+          const Row row{static_cast<std::int32_t>(i),
+                        static_cast<std::int32_t>(rows_.kv_head * problem_.heads_per_kv() + h)};
           const OwnGradient own = own_gradient(row);
           for (int d = 0; d < value_dim_; ++d) grad_value_[k * padded_value_dim_ + d] += own.grad[d];
           add_scaled(own.score, query_reader(row).row(row.row, buffer_), grad_key_ + k * padded_head_dim_);
@@ -379,8 +418,8 @@ class Backward {
         for (int d = 0; d < head_dim_; ++d) gradient[d] *= scale;
         const std::int64_t position = keys_.position(first + k);
         store_row<T, Storage>(gradient, head_dim_, problem_.grad_key, rows_.batch, rows_.kv_head, position);
-        store_row<T, Storage>(grad_value_ + static_cast<std::ptrdiff_t>(k) * padded_value_dim_, value_dim_, problem_.grad_value,
-                              rows_.batch, rows_.kv_head, position);
+        store_row<T, Storage>(grad_value_ + static_cast<std::ptrdiff_t>(k) * padded_value_dim_, value_dim_,
+                              problem_.grad_value, rows_.batch, rows_.kv_head, position);
       }
     }
 
@@ -394,6 +433,7 @@ class Backward {
 
     const Problem& problem_;
     const RowList rows_;
+    const ExponentScale<T> scale_;
     const KeyList& keys_;
     const Visibility visibility_;
     const BackwardItem& item_;
@@ -403,16 +443,18 @@ class Backward {
     const Backward& parent_;
     bool keys_finite_ = true, queries_finite_ = true, grads_finite_ = true;
     T *key_columns_, *value_columns_, *key_rows_, *grad_key_, *grad_value_;
-    T *query_strips_, *grad_strips_, *query_rows_, *grad_rows_, *weights_, *score_grads_, *lse2_, *offset_, *dropout_;
+    T *query_strips_, *grad_strips_, *query_rows_, *grad_rows_, *weights_, *score_grads_, *offset_, *lse_gradient_,
+        *dropout_;
     T *buffer_, *grad_buffer_, *row_buffer_;
+    SplitLse<T>* lse2_;
     std::uint8_t* visible_;
   };
 
   T* partial(std::int64_t slot, std::int64_t entry, int padded_head_dim) const {
-    return partials_ + (slot * padded_rows(problem_) + entry) * padded_head_dim;
+    return partials_ + (slot * partial_rows(problem_) + entry) * padded_head_dim;
   }
   std::uint8_t* touched(std::int64_t slot, std::int64_t entry) const {
-    return touched_ + (slot * padded_rows(problem_) + entry) / row_block;
+    return touched_ + slot * row_blocks(problem_) + entry / row_block;
   }
 
   const Problem& problem_;

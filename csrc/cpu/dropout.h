@@ -16,7 +16,8 @@ inline MMCA_NOINLINE void philox_lanes(const Dropout& dropout, std::uint32_t fir
   std::uint32_t key0 = static_cast<std::uint32_t>(dropout.seed), key1 = static_cast<std::uint32_t>(dropout.seed >> 32);
   for (int round = 0; round < Philox::rounds; ++round) {
     for (int i = 0; i < philox_batch; ++i) {
-      const std::uint64_t p0 = std::uint64_t{Philox::multiplier[0]} * c0[i], p1 = std::uint64_t{Philox::multiplier[1]} * c2[i];
+      const std::uint64_t p0 = std::uint64_t{Philox::multiplier[0]} * c0[i],
+                          p1 = std::uint64_t{Philox::multiplier[1]} * c2[i];
       c0[i] = static_cast<std::uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
       c2[i] = static_cast<std::uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
       c1[i] = static_cast<std::uint32_t>(p1);
@@ -49,7 +50,8 @@ MMCA_NOINLINE void dropout_factors(const Dropout& dropout, const KeyList& keys, 
       philox_lanes(dropout, static_cast<std::uint32_t>(start / 8), position, head, lanes16);
     }
     if (keys.identity()) {  // the rest of this batch of lanes in one loop
-      const int run = static_cast<int>(std::min<std::int64_t>({start + 8 * philox_batch - j, count - c, keys.size - j}));
+      const int run =
+          static_cast<int>(std::min<std::int64_t>({start + 8 * philox_batch - j, count - c, keys.size - j}));
       const std::uint16_t* lane = lanes16 + (j - start);
       for (int x = 0; x < run; ++x) factors[c + x] = lane[x] >= dropout.threshold ? scale : T(0);
       c += run - 1;

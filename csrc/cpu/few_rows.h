@@ -1,5 +1,5 @@
-// Products for items of few rows (decoding, tiny sequences), where packing a key would cost more than using it; included
-// inside the namespace of an instruction set. Keys and values are read where they lie, one pointer a row.
+// Products for items of few rows (decoding, tiny sequences), where packing a key would cost more than using it;
+// included inside the namespace of an instruction set. Keys and values are read where they lie, one pointer a row.
 
 inline constexpr int few_rows = 8;
 
@@ -29,14 +29,14 @@ MMCA_NOINLINE void direct_score_tile(int rows, int padded, const T* query, const
 
 // out[row][0..registers * width) = factor[row] * out + weights[row][0..depth) * values, for `rows` rows
 template <class T, int rows, int registers, int stride>
-MMCA_INLINE void direct_row_tile(int depth, const T* weights, const T* const* values, int d, T* out, std::ptrdiff_t out_stride, const T* factor) {
+MMCA_INLINE void direct_row_tile(int depth, const T* weights, const T* const* values, int d, T* out,
+                                 std::ptrdiff_t out_stride, const T* factor) {
   using S = Simd<T>;
   typename S::Reg sum[rows][registers];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int x = 0; x < registers; ++x)
-      sum[r][x] = S::mul(S::broadcast(factor[r]), S::load(out + r * out_stride + d + x * S::width));
+    for (int x = 0; x < registers; ++x) sum[r][x] = S::zero();
   for (int c = 0; c < depth; ++c) {
     const T* value = values[c] + d;
 #pragma GCC unroll 8
@@ -49,14 +49,19 @@ MMCA_INLINE void direct_row_tile(int depth, const T* weights, const T* const* va
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int x = 0; x < registers; ++x) S::store(out + r * out_stride + d + x * S::width, sum[r][x]);
+    for (int x = 0; x < registers; ++x) {
+      T* c = out + r * out_stride + d + x * S::width;
+      S::store(c, S::fma(S::broadcast(factor[r]), S::load(c), sum[r][x]));
+    }
 }
 
 template <class T, int rows, int stride>
-MMCA_NOINLINE void direct_rows(int depth, const T* weights, const T* const* values, int padded, T* out, const T* factor) {
+MMCA_NOINLINE void direct_rows(int depth, const T* weights, const T* const* values, int padded, T* out,
+                               const T* factor) {
   constexpr int registers = 8 / rows, step = registers * Simd<T>::width;
   int d = 0;
-  for (; d + step <= padded; d += step) direct_row_tile<T, rows, registers, stride>(depth, weights, values, d, out, padded, factor);
+  for (; d + step <= padded; d += step)
+    direct_row_tile<T, rows, registers, stride>(depth, weights, values, d, out, padded, factor);
   for (; d < padded; d += lanes<T>) direct_row_tile<T, rows, 2, stride>(depth, weights, values, d, out, padded, factor);
 }
 
@@ -66,7 +71,8 @@ void direct_weigh(int rows, int depth, const T* weights, const T* const* values,
   const auto advance = [&](auto count) {
     constexpr int n = count.value;
     for (; r + n <= rows; r += n)
-      direct_rows<T, n, stride>(depth, weights + r * stride, values, padded, out + static_cast<std::ptrdiff_t>(r) * padded, factor + r);
+      direct_rows<T, n, stride>(depth, weights + r * stride, values, padded,
+                                out + static_cast<std::ptrdiff_t>(r) * padded, factor + r);
   };
   advance(std::integral_constant<int, 4>{});
   advance(std::integral_constant<int, 2>{});

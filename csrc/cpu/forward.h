@@ -4,15 +4,14 @@
 // its rows see in blocks, outermost, packing each block of K and V once; the rows' running softmax (m, l, O) waits in
 // scratch between blocks:
 //
-//     S = Q' K^T                        Q' = query * scale * log2(e), so that exp(s) = exp2(S)
-//     m' = max(m, rowmax S);  f = exp2(m - m')
-//     P = exp2(S - m');  l = f l + rowsum P;  O = f O + (P Z) V
-//     at the group's end:  O_r = O / l,  lse_r = m ln 2 + ln l;  at the item's end: out = merge(O_r, lse_r)
+//     S = Q K^T;  m' = max(m, rowmax S)             unscaled; c = scale log2(e), so that exp(scale S) = exp2(c S)
+//     f = exp2(c (m - m'));  P = exp2(c (S - m'));  l = f l + rowsum P;  O = f O + (P Z) V
+//     at the group's end:  O_r = O / l,  lse_r = (c m + log2 l) ln 2;  at the item's end: out = merge(O_r, lse_r)
 //
-// Layout in scratch: Q' [strip][feature][tile_rows], K [panel][feature][lanes], V [panel][key][lanes],
+// Layout in scratch: Q [strip][feature][tile_rows], K [panel][feature][lanes], V [panel][key][lanes],
 // S and P [row][key], O [group][row][feature]. Key blocks start at multiples of key_block of the list and a row's
-// arithmetic does not depend on its neighbours, so neither chunking nor threads change a bit of the result. Where a head has
-// few rows in all, keys and values are not packed (cpu/few_rows.h).
+// arithmetic does not depend on its neighbours, so neither chunking nor threads change a bit of the result. Where a
+// head has few rows in all, keys and values are not packed (cpu/few_rows.h).
 
 template <class T, class Storage>
 class Forward {
@@ -42,6 +41,7 @@ class Forward {
     Item(const Problem& problem, const Plan& plan, const ForwardItem& item, Arena& arena)
         : problem_(problem),
           rows_{problem, plan.of(item.batch), item.batch, item.kv_head},
+          scale_(problem.scale),
           begin_(item.begin),
           count_(static_cast<int>(item.end - item.begin)),
           head_dim_(static_cast<int>(problem.head_dim)),
@@ -51,7 +51,7 @@ class Forward {
       const int padded = round_up(count_, strip_rows), dim = std::max(padded_head_dim_, padded_value_dim_);
       query_ = arena.take<T>(static_cast<std::size_t>(padded / strip_rows) * strip_size_ + few_rows * padded_head_dim_);
       output_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded * padded_value_dim_);
-      lse_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded);
+      lse2_ = arena.take<double>(static_cast<std::size_t>(problem.groups()) * padded);
       maximum_ = arena.take<T>(padded);
       sum_ = arena.take<T>(static_cast<std::size_t>(padded) * S::width);
       keys_ = arena.take<T>(static_cast<std::size_t>(key_block) * padded_head_dim_);
@@ -62,6 +62,7 @@ class Forward {
       dropout_ = arena.take<T>(key_block);
       buffer_ = arena.take<T>(static_cast<std::size_t>(width) * dim);
       visible_ = arena.take<std::uint8_t>(strip_rows * width);
+      before_ = arena.take<T>(static_cast<std::size_t>(few_rows) * padded_value_dim_);
       key_row_ = arena.take<const T*>(key_block);
       value_row_ = arena.take<const T*>(key_block);
       output_stride_ = static_cast<std::ptrdiff_t>(padded) * padded_value_dim_;
@@ -70,16 +71,6 @@ class Forward {
 
     void run() {
       direct_ = rows_.size() <= few_rows;  // by the shape: the same bits however rows are cut into items
-      attend_to_all();
-      if (direct_ && !outputs_finite()) {  // perhaps a NaN that a row must not see: packed panels keep those apart
-        direct_ = false;
-        attend_to_all();
-      }
-      for (int r = 0; r < count_; ++r) write_row(r);
-    }
-
-   private:
-    void attend_to_all() {
       bool packed = false;
       for (int group = 0; group < problem_.groups(); ++group) {
         for (int r = 0; r < count_; ++r) maximum_[r] = -infinity<T>;
@@ -89,29 +80,26 @@ class Forward {
         if (seen.size() && !packed) pack_query(), packed = true;
         for (std::int32_t first = seen.begin / key_block * key_block; first < seen.end; first += key_block) {
           const int keys = std::min(key_block, seen.end - first);
-          const bool finite = direct_ ? find_keys(group, first, keys) : pack_keys(group, first, keys);
-          for (int block = 0; block < count_; block += row_block) attend(group, block, first, keys, finite);
+          if (direct_) find_keys(group, first, keys);
+          else pack_keys(group, first, keys);
+          for (int block = 0; block < count_; block += row_block) attend(group, block, first, keys);
         }
         normalise(group);
       }
+      for (int r = 0; r < count_; ++r) write_row(r);
     }
 
-    bool outputs_finite() {
-      for (int group = 0; group < problem_.groups(); ++group)
-        for (int i = 0; i < count_ * padded_value_dim_; ++i)
-          if (!is_finite(output(group, 0)[i])) return false;
-      return true;
+   private:
+    T* output(int group, int row) {
+      return output_ + group * output_stride_ + static_cast<std::ptrdiff_t>(row) * padded_value_dim_;
     }
-
-    T* output(int group, int row) { return output_ + group * output_stride_ + static_cast<std::ptrdiff_t>(row) * padded_value_dim_; }
 
     void pack_query() {
-      const T scale = static_cast<T>(problem_.scale * log2_e);
       const T* source[strip_rows];
       for (int first = 0; direct_ && first < count_; ++first) {
         const Row row = rows_.at(begin_ + first);
         const T* from = query_reader(row).row(row.row, buffer_);
-        for (int d = 0; d < padded_head_dim_; ++d) query_[first * padded_head_dim_ + d] = scale * from[d];
+        for (int d = 0; d < padded_head_dim_; ++d) query_[first * padded_head_dim_ + d] = scale_.query_factor * from[d];
       }
       for (int first = 0; !direct_ && first < count_; first += strip_rows) {
         const int n = std::min(strip_rows, count_ - first);
@@ -119,12 +107,13 @@ class Forward {
           const Row row = rows_.at(begin_ + first + r);
           source[r] = query_reader(row).row(row.row, buffer_ + r * padded_head_dim_);
         }
-        pack_columns<T, strip_rows>(source, n, head_dim_, scale, query_ + static_cast<std::ptrdiff_t>(first / strip_rows) * strip_size_);
+        pack_columns<T, strip_rows>(source, n, head_dim_, scale_.query_factor,
+                                    query_ + static_cast<std::ptrdiff_t>(first / strip_rows) * strip_size_);
       }
     }
 
-    // Packs a block of keys and values; false if a value is not finite (it is then zero in the panels).
-    bool pack_keys(int group, std::int32_t first, int keys) {
+    // Packs a block of keys and values; values that are not finite are zero in the panels, and values_finite_ false.
+    void pack_keys(int group, std::int32_t first, int keys) {
       const KeyList& list = rows_.plan.keys[group];
       const RowReader<T, Storage> key = key_reader(), value = value_reader();
       constexpr std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(key_block) * width;
@@ -135,16 +124,17 @@ class Forward {
         for (int i = 0; i < n; ++i) source[i] = key.row(list.position(first + c + i), buffer_ + i * padded_head_dim_);
         pack_columns<T, width>(source, n, head_dim_, T(1), keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_);
         for (int i = 0; i < n; ++i)
-          finite = pack_row<T>(value.row(list.position(first + c + i), buffer_), padded_value_dim_, values_ + (c + i) * width, panel, finite);
+          finite = pack_row<T>(value.row(list.position(first + c + i), buffer_), padded_value_dim_,
+                               values_ + (c + i) * width, panel, finite);
         for (int i = n; i < width; ++i) pack_zero_row<T>(padded_value_dim_, values_ + (c + i) * width, panel);
       }
-      if (is_finite(S::reduce_add(finite))) return true;
-      zero_non_finite(values_, panel * (padded_value_dim_ / width));
-      return false;
+      values_finite_ = is_finite(S::reduce_add(finite));
+      if (!values_finite_) zero_non_finite(values_, panel * (padded_value_dim_ / width));
     }
 
-    // Points at a block of keys and values where they lie, or at copies if they lie unfit; tail lanes repeat the last key.
-    bool find_keys(int group, std::int32_t first, int keys) {
+    // Points at a block of keys and values where they lie, or at copies if they lie unfit; tail lanes repeat the last
+    // key.
+    void find_keys(int group, std::int32_t first, int keys) {
       const KeyList& list = rows_.plan.keys[group];
       const RowReader<T, Storage> key = key_reader(), value = value_reader();
       for (int c = 0; c < round_up(keys, width); ++c) {
@@ -152,7 +142,7 @@ class Forward {
         key_row_[c] = key.row(position, keys_ + c * padded_head_dim_);
         value_row_[c] = value.row(position, values_ + c * padded_value_dim_);
       }
-      return true;
+      values_finite_ = true;  // until a product says otherwise
     }
 
     RowReader<T, Storage> query_reader(Row row) const {
@@ -166,22 +156,23 @@ class Forward {
     }
 
     // One block of rows meets one block of keys.
-    void attend(int group, int block, std::int32_t first, int keys, bool finite) {
+    void attend(int group, int block, std::int32_t first, int keys) {
       const int rows = std::min(row_block, count_ - block), strips = (rows + strip_rows - 1) / strip_rows;
       std::uint64_t live[block_strips];  // bit c: panel c of the key block holds a visible key
       score(group, block, rows, first, keys, live);
       for (int s = 0; s < strips; ++s)
-        if (live[s]) softmax(group, block + s * strip_rows, std::min(strip_rows, rows - s * strip_rows), s, first, live[s]);
-      for (int s = 0; direct_ && s < strips; ++s)
-        if (live[s]) weigh_values_directly(output(group, s * strip_rows), s, std::min(strip_rows, rows - s * strip_rows), live[s]);
+        if (live[s])
+          softmax(group, block + s * strip_rows, std::min(strip_rows, rows - s * strip_rows), s, first, live[s]);
+      if (direct_) weigh_values_directly(group, rows, keys, live);
       for (int d = 0; !direct_ && d < padded_value_dim_; d += width)
         for (int s = 0; s < strips; ++s)
-          if (live[s]) weigh_values(output(group, block + s * strip_rows) + d, s, std::min(strip_rows, rows - s * strip_rows),
-                                    values_ + static_cast<std::ptrdiff_t>(d) * key_block, live[s]);
-      if (!finite) add_hidden_non_finite(group, block, rows, first, keys, live);
+          if (live[s])
+            weigh_values(output(group, block + s * strip_rows) + d, s, std::min(strip_rows, rows - s * strip_rows),
+                         values_ + static_cast<std::ptrdiff_t>(d) * key_block, live[s]);
+      if (!values_finite_) add_hidden_non_finite(group, block, rows, first, keys, live);
     }
 
-    // S = Q' K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
+    // S = Q K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
     void score(int group, int block, int rows, std::int32_t first, int keys, std::uint64_t* live) {
       const Visibility visibility(rows_, rows_.plan.keys[group], group);
       StripRange range[block_strips];
@@ -210,14 +201,16 @@ class Forward {
           const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
           const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
           if (direct_) {
-            direct_score_tile<T, stride>(n, padded_head_dim_, query_ + s * strip_rows * padded_head_dim_, key_row_ + c, scores);
+            direct_score_tile<T, stride>(n, padded_head_dim_, query_ + s * strip_rows * padded_head_dim_, key_row_ + c,
+                                         scores);
           } else if (tile == Visibility::all) {
             with_tile_height<T>(n, [&](auto height) {
-              score_tile_with_max<T, height.value, stride>(head_dim_, strip, panel, scores, row_max);
+              score_tile<T, height.value, stride, true>(head_dim_, strip, panel, scores, row_max);
             });
             continue;
           } else {
-            with_tile_height<T>(n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
+            with_tile_height<T>(
+                n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
           }
           if (tile == Visibility::some)
             visibility.hide<width>(begin_ + block + s * strip_rows, n, n, key, visible_, scores, stride, -infinity<T>);
@@ -229,7 +222,7 @@ class Forward {
       }
     }
 
-    // P = exp2(S - m'), and the running maximum, sum and rescaling factor of each row of a strip.
+    // P = exp2(c (S - m')), and the running maximum, sum and rescaling factor of each row of a strip.
     void softmax(int group, int first_row, int rows, int strip, std::int32_t first, std::uint64_t live) {
       const int from = __builtin_ctzll(live) * width, to = (64 - __builtin_clzll(live)) * width;
       for (int r = 0; r < rows; ++r) {
@@ -237,12 +230,13 @@ class Forward {
         T* scores = scores_ + in_block * stride;
         const T before = maximum_[first_row + r];
         const T best = std::max(before, S::reduce_max(S::load(row_max_ + in_block * S::width)));
-        const T shift = best == -infinity<T> ? T(0) : best;
-        const T factor = exp2_one<T>(before - shift);
+        const T maximum = best == -infinity<T> ? T(0) : best;
+        const T factor = exp2_one<T>(scale_.below(before - maximum));
         maximum_[first_row + r] = best;
         factor_[in_block] = factor;
         T* sum = sum_ + static_cast<std::ptrdiff_t>(first_row + r) * S::width;
-        S::store(sum, S::fma(S::broadcast(factor), S::load(sum), exp2_row<T>(scores + from, to - from, shift)));
+        S::store(sum,
+                 S::fma(S::broadcast(factor), S::load(sum), exp2_row<T>(scores + from, to - from, scale_, maximum)));
         if (problem_.dropout.threshold) {
           const Row row = rows_.at(begin_ + first_row + r);
           dropout_factors<T>(problem_.dropout, rows_.plan.keys[group], first + from, to - from,
@@ -272,15 +266,39 @@ class Forward {
       }
     }
 
-    // The same from values where they lie; dead panels inside have weights of zero.
-    void weigh_values_directly(T* out, int strip, int rows, std::uint64_t live) {
-      const int from = __builtin_ctzll(live) * width, to = (64 - __builtin_clzll(live)) * width;
-      direct_weigh<T, stride>(rows, to - from, scores_ + strip * strip_rows * stride + from, value_row_ + from, padded_value_dim_, out,
-                              factor_ + strip * strip_rows);
+    // The same for the few rows of an item, from values where they lie. Nobody has looked at those values yet: only
+    // when a sum is not finite are they copied without their NaNs and infinities, and the sums taken again.
+    void weigh_values_directly(int group, int rows, int keys, const std::uint64_t* live) {
+      T* out = output(group, 0);
+      const int elements = rows * padded_value_dim_;
+      std::copy_n(out, elements, before_);
+      weigh_live_directly(rows, out, live);
+      T check = T(0);
+      for (int i = 0; i < elements; ++i) check += out[i] * T(0);
+      if (is_finite(check)) return;
+      values_finite_ = false;
+      std::copy_n(before_, elements, out);
+      for (int c = 0; c < round_up(keys, width); ++c) {
+        T* copy = values_ + c * padded_value_dim_;
+        if (value_row_[c] != copy) std::copy_n(value_row_[c], padded_value_dim_, copy);
+        zero_non_finite(copy, padded_value_dim_);
+        value_row_[c] = copy;
+      }
+      weigh_live_directly(rows, out, live);
+    }
+
+    void weigh_live_directly(int rows, T* out, const std::uint64_t* live) {
+      for (int r = 0, s = 0; r < rows; r += strip_rows, ++s) {
+        if (!live[s]) continue;
+        const int from = __builtin_ctzll(live[s]) * width, to = (64 - __builtin_clzll(live[s])) * width;
+        direct_weigh<T, stride>(std::min(strip_rows, rows - r), to - from, scores_ + r * stride + from,
+                                value_row_ + from, padded_value_dim_, out + r * padded_value_dim_, factor_ + r);
+      }
     }
 
     // The values that are NaN or infinite, for the rows that see them (see cpu/pack.h).
-    MMCA_NOINLINE void add_hidden_non_finite(int group, int block, int rows, std::int32_t first, int keys, const std::uint64_t* live) {
+    MMCA_NOINLINE void add_hidden_non_finite(int group, int block, int rows, std::int32_t first, int keys,
+                                             const std::uint64_t* live) {
       const KeyList& list = rows_.plan.keys[group];
       const Visibility visibility(rows_, list, group);
       const RowReader<T, Storage> value = value_reader();
@@ -288,7 +306,8 @@ class Forward {
         const T* source = value.row(list.position(first + c), buffer_);
         for (int r = 0; r < rows; ++r)
           if ((live[r / strip_rows] >> (c / width) & 1) && visibility.sees(begin_ + block + r, first + c))
-            add_non_finite(source, static_cast<int>(problem_.value_dim), scores_[r * stride + c], output(group, block + r));
+            add_non_finite(source, static_cast<int>(problem_.value_dim), scores_[r * stride + c],
+                           output(group, block + r));
       }
     }
 
@@ -301,13 +320,14 @@ class Forward {
           const std::int64_t p = rows_.position(row.row);
           const T* value = value_reader().row(p, buffer_);
           std::copy_n(value, padded_value_dim_, out);
-          lse_[padded_rows_ + r] = own_score<T, Storage>(problem_, rows_, row, buffer_);
+          lse2_[padded_rows_ + r] = own_score<T, Storage>(problem_, rows_, row, buffer_) * log2_e;
           continue;
         }
         const T l = S::reduce_add(S::load(sum_ + static_cast<std::ptrdiff_t>(r) * S::width));
-        const typename S::Reg inverse = S::broadcast(l == T(0) ? T(0) : T(1) / l);
-        for (int d = 0; d < padded_value_dim_; d += S::width) S::store(out + d, S::mul(inverse, S::load(out + d)));
-        lse_[group * padded_rows_ + r] = l == T(0) ? -infinity<T> : maximum_[r] * static_cast<T>(ln_2) + std::log(l);
+        const typename S::Reg divisor = S::broadcast(l == T(0) ? T(1) : l);
+        for (int d = 0; d < padded_value_dim_; d += S::width) S::store(out + d, S::div(S::load(out + d), divisor));
+        lse2_[group * padded_rows_ + r] =
+            l == T(0) ? -infinity<double> : scale_.exact(maximum_[r]) + std::log2(static_cast<double>(l));
       }
     }
 
@@ -315,16 +335,19 @@ class Forward {
     void write_row(int r) {
       const Row row = rows_.at(begin_ + r);
       const int groups = problem_.groups(), value_dim = static_cast<int>(problem_.value_dim);
-      T lse[max_groups], weight[max_groups];
+      double lse2[max_groups];
+      T weight[max_groups];
       for (int g = 0; g < groups; ++g) {
-        lse[g] = lse_[g * padded_rows_ + r];
-        static_cast<T*>(problem_.lse.data)[problem_.lse.offset(g, rows_.batch, row.head, row.row)] = lse[g];
+        lse2[g] = lse2_[g * padded_rows_ + r];
+        const T lse = static_cast<T>(lse2[g] * ln_2);
+        *statistic<T>(problem_.lse, g, rows_.batch, row) = lse;
+        if (problem_.lse_low.data) *statistic<T>(problem_.lse_low, g, rows_.batch, row) = low_part(lse, lse2[g]);
         if (problem_.group_out)
           std::copy_n(output(g, r), value_dim, group_out_row<T>(problem_, g, rows_.batch, row.head, row.row));
       }
       T* merged = output(0, r);
       if (groups == 2) {
-        merge_weights(problem_.merge, lse, weight);
+        merge_weights(problem_.merge, lse2, weight);
         const T* other = output(1, r);
         for (int d = 0; d < value_dim; ++d) merged[d] = weighted(weight[0], merged[d]) + weighted(weight[1], other[d]);
       }
@@ -333,12 +356,16 @@ class Forward {
 
     const Problem& problem_;
     const RowList rows_;
+    const ExponentScale<T> scale_;
     const std::int64_t begin_;  // first entry of the row list
     const int count_, head_dim_, padded_head_dim_, padded_value_dim_, strip_size_;
     int padded_rows_;
-    bool direct_ = false;  // products without packing (cpu/few_rows.h)
+    bool direct_ = false;        // products without packing (cpu/few_rows.h)
+    bool values_finite_ = true;  // of the block of keys at hand
     std::ptrdiff_t output_stride_;
-    T *query_, *output_, *lse_, *maximum_, *sum_, *keys_, *values_, *scores_, *row_max_, *factor_, *dropout_, *buffer_;
+    T *query_, *output_, *maximum_, *sum_, *keys_, *values_, *scores_, *row_max_, *factor_, *dropout_, *buffer_,
+        *before_;
+    double* lse2_;  // to base 2
     std::uint8_t* visible_;
     const T **key_row_, **value_row_;
   };

@@ -1,8 +1,8 @@
 // How one set of kernel bodies becomes one kernel per instruction set.
 //
 // Each isa_*.cpp includes this file, switches its target with a pragma, opens a namespace of its own and includes
-// simd_<isa>.h and kernels.h there. Everything that may hold that instruction set's code therefore has a name of its own,
-// and no shared inline function can end up compiled for a newer machine than the one it runs on.
+// simd_<isa>.h and kernels.h there. Everything that may hold that instruction set's code therefore has a name of its
+// own, and no shared inline function can end up compiled for a newer machine than the one it runs on.
 #pragma once
 
 #include <algorithm>
@@ -36,9 +36,15 @@
   void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor);
 
 namespace mmca::cpu {
-namespace scalar { MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) }
+namespace scalar {
+MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+}
 #if defined(__x86_64__)
-namespace avx2 { MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) }
-namespace avx512 { MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) }
+namespace avx2 {
+MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+}
+namespace avx512 {
+MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+}
 #endif
 }  // namespace mmca::cpu

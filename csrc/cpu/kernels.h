@@ -1,5 +1,5 @@
-// All kernel bodies, and the entry points made from them; included inside the namespace of an instruction set, after its
-// Simd<T>.
+// All kernel bodies, and the entry points made from them; included inside the namespace of an instruction set, after
+// its Simd<T>.
 
 #include "cpu/common.h"
 #include "cpu/exp2.h"
@@ -23,24 +23,25 @@ void attention_forward(const Problem& problem, const Plan& plan, Executor& execu
 template <class T, class Storage>
 void attention_backward(const Problem& problem, const Plan& plan, Executor& executor) {
   using Kernel = Backward<T, Storage>;
-  const std::int64_t row_bytes = Kernel::partial_row_bytes(problem), rows = Kernel::padded_rows(problem);
-  for (BackwardWave& wave : backward_waves(problem, plan, Kernel::key_range, row_bytes)) {
+  const std::int64_t row_bytes = Kernel::partial_row_bytes(problem), rows = Kernel::partial_rows(problem);
+  for (BackwardWave& wave : backward_waves(problem, plan, Kernel::key_range, rows * row_bytes)) {
     const std::int64_t slots = wave.heads.back().first_slot + wave.heads.back().slots;
     Arena measure(nullptr);
     measure.take<unsigned char>(static_cast<std::size_t>(slots * rows * row_bytes));
-    const std::size_t flags = static_cast<std::size_t>(slots * rows / Kernel::row_block);
+    const std::size_t flags = static_cast<std::size_t>(slots * Kernel::row_blocks(problem));
     measure.take<std::uint8_t>(flags);
     Arena arena(call_scratch(measure.used()));
     T* partials = reinterpret_cast<T*>(arena.take<unsigned char>(static_cast<std::size_t>(slots * rows * row_bytes)));
     std::uint8_t* touched = arena.take<std::uint8_t>(flags);
     std::fill_n(touched, flags, std::uint8_t{0});
     const Kernel kernel(problem, plan, wave, partials, touched);
-    for_each_item(executor, static_cast<std::int64_t>(wave.items.size()), multiply_adds(problem, wave.items, 3), kernel);
+    for_each_item(executor, static_cast<std::int64_t>(wave.items.size()), multiply_adds(problem, wave.items, 3),
+                  kernel);
   }
 }
 
-#define MMCA_DEFINE_KERNEL(operation, dtype, T, Storage)                                      \
-  void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor) {    \
-    operation<T, Storage>(problem, plan, executor);                                           \
+#define MMCA_DEFINE_KERNEL(operation, dtype, T, Storage)                                   \
+  void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor) { \
+    operation<T, Storage>(problem, plan, executor);                                        \
   }
 MMCA_CPU_KERNELS(MMCA_DEFINE_KERNEL)

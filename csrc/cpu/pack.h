@@ -1,12 +1,13 @@
 // Operands are packed into the two shapes the tiles read; included inside the namespace of an instruction set.
 //
-//     strip or panel of columns  [feature][width]         `width` rows side by side, transposed     (Q strips, K panels)
-//     panels of rows             [feature / lanes][row][lanes]                                      (V, and K, Q, dO again)
+//     strip or panel of columns  [feature][width]         `width` rows side by side, transposed     (Q strips, K
+//     panels) panels of rows             [feature / lanes][row][lanes]                                      (V, and K,
+//     Q, dO again)
 //
 // Missing rows and features are zero. Storage types become the accumulation type here and nowhere else.
 
-// Row `index` of a tensor as contiguous T, padded with zeros to `padded` features. Where the tensor already is that, the
-// row is used in place; otherwise it is copied to `buffer`.
+// Row `index` of a tensor as contiguous T, padded with zeros to `padded` features. Where the tensor already is that,
+// the row is used in place; otherwise it is copied to `buffer`.
 template <class T, class Storage>
 struct RowReader {
   const Storage* data;
@@ -61,7 +62,8 @@ MMCA_NOINLINE void pack_columns(const T* const* rows, int count, int features, T
   }
 }
 
-// Writes one row into panels[feature / lanes][row][lanes]; returns x * 0 summed: NaN iff the row has a NaN or an infinity.
+// Writes one row into panels[feature / lanes][row][lanes]; returns x * 0 summed: NaN iff the row has a NaN or an
+// infinity.
 template <class T>
 MMCA_INLINE typename Simd<T>::Reg pack_row(const T* row, int padded, T* panels, std::ptrdiff_t panel_stride,
                                            typename Simd<T>::Reg finite) {

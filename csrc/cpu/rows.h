@@ -1,12 +1,17 @@
 // The rows a work item handles and what they see; included inside the namespace of an instruction set.
 //
 // The query heads that share a KV head are packed into one list of rows, heads varying fastest: entry e is row
-// plan.row(e / heads_per_kv) of head kv_head * heads_per_kv + e % heads_per_kv. Grouped heads thus share packed keys and
-// fill tiles, and neighbours see nearly the same keys. Tiles work on strips of tile_rows entries.
+// plan.row(e / heads_per_kv) of head kv_head * heads_per_kv + e % heads_per_kv. Grouped heads thus share packed keys
+// and fill tiles, and neighbours see nearly the same keys. Tiles work on strips of tile_rows entries.
 
 struct Row {
   std::int32_t row, head;  // query row, query head
 };
+
+template <class T, class Pointer>
+MMCA_INLINE T* statistic(const RowStatistic<Pointer>& statistic, int group, std::int64_t batch, Row row) {
+  return static_cast<T*>(statistic.data) + statistic.offset(group, batch, row.head, row.row);
+}
 
 struct RowList {
   const Problem& problem;
@@ -77,8 +82,9 @@ class Visibility {
 
   enum Tile { none, some, all };
 
-  // How much of a tile that the rows' ranges touch, but do not all cover, is visible: entries begin..begin+count-1, keys
-  // key..key+width-1. With a mask the pairs are written to visible[count][width]; without one the ranges say it all.
+  // How much of a tile that the rows' ranges touch, but do not all cover, is visible: entries begin..begin+count-1,
+  // keys key..key+width-1. With a mask the pairs are written to visible[count][width]; without one the ranges say it
+  // all.
   template <int width>
   MMCA_NOINLINE Tile look(std::int64_t begin, int count, std::int32_t key, std::uint8_t* visible) const {
     if (!has_mask()) return some;
@@ -100,10 +106,11 @@ class Visibility {
     return seen == 0 ? none : seen == count * width ? all : some;
   }
 
-  // Replaces what a tile that was looked at hides, in `tile_rows` rows `stride` apart; rows from `count` on hide everything.
+  // Replaces what a tile that was looked at hides, in `tile_rows` rows `stride` apart; rows from `count` on hide
+  // everything.
   template <int width, class T>
-  MMCA_INLINE void hide(std::int64_t begin, int count, int tile_rows, std::int32_t key, const std::uint8_t* visible, T* tile,
-                        std::ptrdiff_t stride, T replacement) const {
+  MMCA_INLINE void hide(std::int64_t begin, int count, int tile_rows, std::int32_t key, const std::uint8_t* visible,
+                        T* tile, std::ptrdiff_t stride, T replacement) const {
     for (int r = 0; r < tile_rows; ++r, tile += stride) {
       if (r >= count) {
         std::fill_n(tile, width, replacement);

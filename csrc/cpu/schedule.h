@@ -18,7 +18,8 @@ struct ForwardItem {
 };
 
 // Heaviest first, a few per thread; chunks are multiples of `row_block` rows, at most `max_rows`.
-std::vector<ForwardItem> forward_items(const Problem& problem, const Plan& plan, int concurrency, int row_block, int max_rows);
+std::vector<ForwardItem> forward_items(const Problem& problem, const Plan& plan, int concurrency, int row_block,
+                                       int max_rows);
 
 // Multiply-adds of all items together; `products`: matrix products of each width, 1 forward, 2.5 (rounded up) backward.
 template <class Item>
@@ -28,8 +29,8 @@ double multiply_adds(const Problem& problem, const std::vector<Item>& items, int
   return pairs * products * static_cast<double>(problem.head_dim + problem.value_dim);
 }
 
-// Keys begin..end-1 of one group's list, all rows, of one batch and KV head: owns their dK and dV, and adds its share of
-// dQ to a partial of its own. The last item of a head to finish sums the partials in the order of their slots.
+// Keys begin..end-1 of one group's list, all rows, of one batch and KV head: owns their dK and dV, and adds its share
+// of dQ to a partial of its own. The last item of a head to finish sums the partials in the order of their slots.
 struct BackwardItem {
   std::int64_t head;  // index into BackwardWave::heads
   int group;
@@ -46,11 +47,12 @@ struct BackwardHead {
 // Heads whose partials fit in memory together.
 struct BackwardWave {
   std::vector<BackwardHead> heads;
-  std::vector<BackwardItem> items;  // heaviest first
+  std::vector<BackwardItem> items;                          // heaviest first
   std::unique_ptr<std::atomic<std::int64_t>[]> unfinished;  // items of each head
 };
 
-// `row_bytes`: size of one row of a partial. Item boundaries are multiples of `key_range`.
-std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& plan, int key_range, std::int64_t row_bytes);
+// `partial_bytes`: size of one partial. Item boundaries are multiples of `key_range`.
+std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& plan, int key_range,
+                                         std::int64_t partial_bytes);
 
 }  // namespace mmca::cpu

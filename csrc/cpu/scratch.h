@@ -1,5 +1,5 @@
-// Working memory of one worker thread: kept between calls, so that a training step neither allocates nor faults pages in
-// again. Contents are undefined at the start of every item.
+// Working memory of one worker thread: kept between calls, so that a training step neither allocates nor faults pages
+// in again. Contents are undefined at the start of every item.
 #pragma once
 
 #include <cstddef>

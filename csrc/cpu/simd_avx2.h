@@ -18,6 +18,7 @@ struct Simd<float> {
   static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static MMCA_INLINE Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
@@ -71,6 +72,7 @@ struct Simd<double> {
   static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static MMCA_INLINE Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }

@@ -18,6 +18,7 @@ struct Simd<float> {
   static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static MMCA_INLINE Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
@@ -69,6 +70,7 @@ struct Simd<double> {
   static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static MMCA_INLINE Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }

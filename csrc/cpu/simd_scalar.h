@@ -23,13 +23,12 @@ struct Simd {
   static MMCA_INLINE Reg add(Reg a, Reg b) { return a + b; }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return a * b; }
+  static MMCA_INLINE Reg div(Reg a, Reg b) { return a / b; }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN
   static MMCA_INLINE Reg min(Reg a, Reg b) { return a < b ? a : b; }  // likewise
   // 2^n from a float whose low mantissa bits hold n + exponent bias (see exp2.h).
-  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
-    return (Reg)((BitsReg)t << (sizeof(T) == 4 ? 23 : 52));
-  }
+  static MMCA_INLINE Reg exponent_from_low_bits(Reg t) { return (Reg)((BitsReg)t << (sizeof(T) == 4 ? 23 : 52)); }
   static MMCA_INLINE T reduce_add(Reg r) {
     T sum = r[0];
     for (int i = 1; i < width; ++i) sum += r[i];

@@ -1,16 +1,60 @@
 // Row arithmetic that forward and backward share; included inside the namespace of an instruction set.
 
-// scores = exp2(scores - shift) over `count` elements (a multiple of two registers); returns their lane-wise sum.
+// A row's log-sum-exp to base 2 in two parts. The one number that users get, lse, is rounded by up to |lse| / 2 ulp, an
+// error that every weight of the row would share: `low` is what is missing.
 template <class T>
-MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, T shift) {
+struct SplitLse {
+  T high, low;
+
+  SplitLse() = default;
+  SplitLse(T lse, T low_) : high(lse * static_cast<T>(log2_e)), low(low_) {}
+  double exact() const { return static_cast<double>(high) + low; }
+};
+
+// The low part that goes with `lse` when `exact` is the logarithm to base 2.
+template <class T>
+T low_part(T lse, double exact) {
+  return lse == -infinity<T> ? T(0) : static_cast<T>(exact - SplitLse<T>(lse, T(0)).high);
+}
+
+// scale * log2(e), which turns products into exponents of 2, in two parts: rounded to one, every score would be off by
+// the same factor. Both parts are positive, so that a hidden -inf stays -inf; the sign, or a scale of 0, goes to the
+// queries.
+template <class T>
+struct ExponentScale {
+  T query_factor, high, low;
+
+  explicit ExponentScale(double scale) {
+    query_factor = scale > 0 ? T(1) : scale < 0 ? T(-1) : T(0);
+    const long double exact = (scale == 0 ? 1.0L : std::abs(static_cast<long double>(scale))) * log2_e_exact;
+    constexpr T smallest = std::numeric_limits<T>::min();
+    high = std::max(static_cast<T>(exact), smallest);
+    if (high >= exact) high = std::max(std::nextafter(high, T(0)), smallest);
+    low = std::max(static_cast<T>(exact - high), smallest);
+  }
+  T below(T difference) const { return std::fma(difference, low, difference * high); }
+  double exact(T score) const { return static_cast<double>(score) * (static_cast<double>(high) + low); }
+};
+
+// c (score - maximum): the difference first, which is exact near the maximum however large both are.
+template <class T>
+MMCA_INLINE typename Simd<T>::Reg exponent_below(typename Simd<T>::Reg score, typename Simd<T>::Reg maximum,
+                                                 typename Simd<T>::Reg high, typename Simd<T>::Reg low) {
+  const typename Simd<T>::Reg difference = Simd<T>::sub(score, maximum);
+  return Simd<T>::fma(difference, low, Simd<T>::mul(difference, high));
+}
+
+// scores = exp2(c (scores - maximum)) over `count` elements (a multiple of two registers); returns their lane-wise sum.
+template <class T>
+MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, const ExponentScale<T>& scale, T maximum) {
   using S = Simd<T>;
-  const typename S::Reg m = S::broadcast(shift);
+  const typename S::Reg high = S::broadcast(scale.high), low = S::broadcast(scale.low), m = S::broadcast(maximum);
   typename S::Reg even = S::zero(), odd = S::zero();
   int c = 0;
   for (; c + 4 * S::width <= count; c += 4 * S::width) {
     typename S::Reg x[4];
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) x[u] = S::sub(S::load(scores + c + u * S::width), m);
+    for (int u = 0; u < 4; ++u) x[u] = exponent_below<T>(S::load(scores + c + u * S::width), m, high, low);
     exp2_in_place<T, 4>(x);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) S::store(scores + c + u * S::width, x[u]);
@@ -20,7 +64,7 @@ MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, T shift) {
   for (; c < count; c += 2 * S::width) {
     typename S::Reg x[2];
 #pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) x[u] = S::sub(S::load(scores + c + u * S::width), m);
+    for (int u = 0; u < 2; ++u) x[u] = exponent_below<T>(S::load(scores + c + u * S::width), m, high, low);
     exp2_in_place<T, 2>(x);
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) S::store(scores + c + u * S::width, x[u]);
@@ -30,16 +74,21 @@ MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, T shift) {
   return S::add(even, odd);
 }
 
-// scores = P = exp2(scores - lse2);  gradients = dS = P * (gradients - offset). P <= 1, also where scores are so large
-// that lse2 is rounded by more than it takes to overflow.
+// scores = P = exp2(scale * scores - lse2.high - lse2.low);  gradients = dS = P * (gradients - offset). P <= 1, also
+// where scores are so large that rounding them could say otherwise.
 template <class T>
-MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, T lse2, T offset) {
+MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
+                                      SplitLse<T> lse2, T offset) {
   using S = Simd<T>;
-  const typename S::Reg l = S::broadcast(lse2), o = S::broadcast(offset);
+  const typename S::Reg high = S::broadcast(scale.high), low = S::broadcast(scale.low), o = S::broadcast(offset);
+  const typename S::Reg l = S::broadcast(-lse2.high), rest = S::broadcast(lse2.low);
   for (int c = 0; c < count; c += 2 * S::width) {
     typename S::Reg p[2];
 #pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) p[u] = S::min(S::zero(), S::sub(S::load(scores + c + u * S::width), l));
+    for (int u = 0; u < 2; ++u) {
+      const typename S::Reg score = S::load(scores + c + u * S::width);
+      p[u] = S::min(S::zero(), S::sub(S::fma(score, low, S::fma(score, high, l)), rest));
+    }
     exp2_in_place<T, 2>(p);
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
@@ -47,6 +96,41 @@ MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, T lse2
       T* g = gradients + c + u * S::width;
       S::store(g, S::mul(p[u], S::sub(S::load(g), o)));
     }
+  }
+}
+
+// The same for a row whose keys are all here: a softmax from its own maximum and sum, and offset = rowsum(P dP) - dlse.
+// That is as exact as a materialised softmax where few keys share the weight; one key gives a dS of exactly 0.
+template <class T>
+MMCA_NOINLINE void whole_score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
+                                            T lse_gradient) {
+  using S = Simd<T>;
+  typename S::Reg best = S::broadcast(-infinity<T>);
+  for (int c = 0; c < count; c += S::width) best = S::max(best, S::load(scores + c));
+  const T maximum = S::reduce_max(best);
+  const typename S::Reg high = S::broadcast(scale.high), low = S::broadcast(scale.low);
+  const typename S::Reg m = S::broadcast(maximum == -infinity<T> ? T(0) : maximum);
+  typename S::Reg sum = S::zero(), product = S::zero();
+  for (int c = 0; c < count; c += 2 * S::width) {
+    typename S::Reg p[2];
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) p[u] = exponent_below<T>(S::load(scores + c + u * S::width), m, high, low);
+    exp2_in_place<T, 2>(p);
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+      S::store(scores + c + u * S::width, p[u]);
+      sum = S::add(sum, p[u]);
+      product = S::fma(p[u], S::load(gradients + c + u * S::width), product);
+    }
+  }
+  const T total = S::reduce_add(sum);
+  const T divisor = total == T(0) ? T(1) : total;
+  const typename S::Reg d = S::broadcast(divisor),
+                        offset = S::broadcast(S::reduce_add(product) / divisor - lse_gradient);
+  for (int c = 0; c < count; c += S::width) {
+    const typename S::Reg p = S::div(S::load(scores + c), d);
+    S::store(scores + c, p);
+    S::store(gradients + c, S::mul(p, S::sub(S::load(gradients + c), offset)));
   }
 }
 
@@ -61,14 +145,14 @@ MMCA_NOINLINE T dot(const T* a, const T* b, int count) {
   return S::reduce_add(S::add(even, odd));
 }
 
-// Weights of the two groups' outputs.
+// Weights of the two groups' outputs, from their log-sum-exp to base 2.
 template <class T>
-MMCA_INLINE void merge_weights(Merge merge, const T* lse, T* weight) {
+MMCA_INLINE void merge_weights(Merge merge, const double* lse2, T* weight) {
   weight[0] = weight[1] = T(1);
   if (merge == Merge::lse) {  // exp(lse_r - LSE)
-    const T best = std::max(lse[0], lse[1]), shift = best == -infinity<T> ? T(0) : best;
-    const T e[2] = {std::exp(lse[0] - shift), std::exp(lse[1] - shift)}, total = e[0] + e[1];
-    for (int g = 0; g < 2; ++g) weight[g] = total == T(0) ? T(0) : e[g] / total;
+    const double best = std::max(lse2[0], lse2[1]), shift = best == -infinity<double> ? 0.0 : best;
+    const double e[2] = {std::exp2(lse2[0] - shift), std::exp2(lse2[1] - shift)}, total = e[0] + e[1];
+    for (int g = 0; g < 2; ++g) weight[g] = total == 0.0 ? T(0) : static_cast<T>(e[g] / total);
   }
 }
 

@@ -34,11 +34,19 @@ MMCA_INLINE void multiply_add(int depth, const T* a, std::ptrdiff_t depth_stride
 }
 
 template <class T, int rows>
-MMCA_INLINE void load_tile(const T* c, std::ptrdiff_t stride, Accumulators<T, rows>& r) {
+MMCA_INLINE void clear_tile(Accumulators<T, rows>& r) {
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) r[i][0] = r[i][1] = Simd<T>::zero();
+}
+
+template <class T, int rows>
+MMCA_INLINE void add_tile(T* c, std::ptrdiff_t stride, const Accumulators<T, rows>& r) {
+  using S = Simd<T>;
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
-    r[i][0] = Simd<T>::load(c + i * stride);
-    r[i][1] = Simd<T>::load(c + i * stride + Simd<T>::width);
+    T* out = c + i * stride;
+    S::store(out, S::add(S::load(out), r[i][0]));
+    S::store(out + S::width, S::add(S::load(out + S::width), r[i][1]));
   }
 }
 
@@ -51,66 +59,83 @@ MMCA_INLINE void store_tile(T* c, std::ptrdiff_t stride, const Accumulators<T, r
   }
 }
 
-// scores[row][key] = strip * panel; `stride` is constant so that row addresses become displacements.
-template <class T, int rows, int stride>
-MMCA_NOINLINE void score_tile(int depth, const T* strip, const T* panel, T* scores) {
-  Accumulators<T, rows> c;
-#pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) c[i][0] = c[i][1] = Simd<T>::zero();
-  multiply_add<T, rows>(depth, strip, tile_rows<T>, 1, panel, c);
-  store_tile<T, rows>(scores, stride, c);
-}
-
-// The same, and row_max[row] (one register each) becomes the lane-wise maximum of itself and the row's scores.
-template <class T, int rows, int stride>
-MMCA_NOINLINE void score_tile_with_max(int depth, const T* strip, const T* panel, T* scores, T* row_max) {
+// One run of features: scores[row][key] (+)= strip * panel, and with `row_max` (one register a row) the lane-wise
+// maximum of that and the scores. `stride` is constant so that row addresses become displacements.
+template <class T, int rows, int stride, bool add, bool track_max>
+MMCA_NOINLINE void score_run(int depth, const T* strip, const T* panel, T* scores, T* row_max) {
   using S = Simd<T>;
   Accumulators<T, rows> c;
-#pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) c[i][0] = c[i][1] = S::zero();
+  clear_tile<T, rows>(c);
   multiply_add<T, rows>(depth, strip, tile_rows<T>, 1, panel, c);
-  store_tile<T, rows>(scores, stride, c);
+  if constexpr (add) {
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i)
-    S::store(row_max + i * S::width, S::max(S::load(row_max + i * S::width), S::max(c[i][0], c[i][1])));
+    for (int i = 0; i < rows; ++i) {
+      c[i][0] = S::add(c[i][0], S::load(scores + i * stride));
+      c[i][1] = S::add(c[i][1], S::load(scores + i * stride + S::width));
+    }
+  }
+  store_tile<T, rows>(scores, stride, c);
+  if constexpr (track_max) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+      S::store(row_max + i * S::width, S::max(S::load(row_max + i * S::width), S::max(c[i][0], c[i][1])));
+  }
 }
 
-// c[row][feature] = factor[row] * c + weights[row][0..depth) * panel
+// Features are summed in runs of this many: rounding grows with the length of a run, and a score's error is an
+// exponent's.
+inline constexpr int depth_run = 64;
+
+// scores[row][key] = strip * panel, and the running maxima if there are any to keep.
+template <class T, int rows, int stride, bool track_max = false>
+MMCA_INLINE void score_tile(int depth, const T* strip, const T* panel, T* scores, T* row_max = nullptr) {
+  if (depth <= depth_run) return score_run<T, rows, stride, false, track_max>(depth, strip, panel, scores, row_max);
+  score_run<T, rows, stride, false, false>(depth_run, strip, panel, scores, nullptr);
+  for (int done = depth_run; done < depth; done += depth_run) {
+    const T *a = strip + done * tile_rows<T>, *b = panel + done * lanes<T>;
+    if (depth - done > depth_run) score_run<T, rows, stride, true, false>(depth_run, a, b, scores, nullptr);
+    else score_run<T, rows, stride, true, track_max>(depth - done, a, b, scores, row_max);
+  }
+}
+
+// c[row][feature] = factor[row] * c + weights[row][0..depth) * panel. Here and below sums start from zero and join c at
+// the end: c may stand for thousands of terms, and adding them to it one by one would round each time.
 template <class T, int rows, int stride>
-MMCA_NOINLINE void rescaled_row_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride, const T* factor) {
+MMCA_NOINLINE void rescaled_row_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride,
+                                     const T* factor) {
   using S = Simd<T>;
   Accumulators<T, rows> r;
-  load_tile<T, rows>(c, c_stride, r);
+  clear_tile<T, rows>(r);
+  multiply_add<T, rows>(depth, weights, 1, stride, panel, r);
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
     const typename S::Reg f = S::broadcast(factor[i]);
-    r[i][0] = S::mul(f, r[i][0]);
-    r[i][1] = S::mul(f, r[i][1]);
+    T* out = c + i * c_stride;
+    S::store(out, S::fma(f, S::load(out), r[i][0]));
+    S::store(out + S::width, S::fma(f, S::load(out + S::width), r[i][1]));
   }
-  multiply_add<T, rows>(depth, weights, 1, stride, panel, r);
-  store_tile<T, rows>(c, c_stride, r);
 }
 
 // c[row][feature] += weights[row][0..depth) * panel
 template <class T, int rows, int stride>
 MMCA_NOINLINE void row_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
   Accumulators<T, rows> r;
-  load_tile<T, rows>(c, c_stride, r);
+  clear_tile<T, rows>(r);
   multiply_add<T, rows>(depth, weights, 1, stride, panel, r);
-  store_tile<T, rows>(c, c_stride, r);
+  add_tile<T, rows>(c, c_stride, r);
 }
 
 // c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys
 template <class T, int stride>
 MMCA_NOINLINE void transposed_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
   Accumulators<T, tile_rows<T>> r;
-  load_tile<T, tile_rows<T>>(c, c_stride, r);
+  clear_tile<T, tile_rows<T>>(r);
   multiply_add<T, tile_rows<T>>(depth, weights, stride, 1, panel, r);
-  store_tile<T, tile_rows<T>>(c, c_stride, r);
+  add_tile<T, tile_rows<T>>(c, c_stride, r);
 }
 
-// Calls body(std::integral_constant<int, height>) with the smallest height of a short list that covers `rows`: strips are
-// zero-padded to tile_rows, and few heights keep the code small.
+// Calls body(std::integral_constant<int, height>) with the smallest height of a short list that covers `rows`: strips
+// are zero-padded to tile_rows, and few heights keep the code small.
 template <class T, class Body>
 MMCA_INLINE void with_tile_height(int rows, const Body& body) {
   constexpr int full = tile_rows<T>;

@@ -30,10 +30,12 @@ py::list kernels() {
     } catch (const std::runtime_error&) {  // every kernel of this case refuses, each with a reason of its own
     }
     const bool is_selected = selected == &kernel;
-    list.append(py::dict("name"_a = kernel.name, "op"_a = to_string(kernel.operation), "dtype"_a = to_string(kernel.dtype),
-                         "device"_a = "cpu", "isa"_a = to_string(kernel.isa), "available"_a = refused.empty(),
-                         "selected"_a = is_selected, "launches"_a = launches(kernel),
-                         "reason"_a = !refused.empty() ? refused : is_selected ? "the best this processor runs" : std::string(selected->name) + " is preferred"));
+    list.append(py::dict("name"_a = kernel.name, "op"_a = to_string(kernel.operation),
+                         "dtype"_a = to_string(kernel.dtype), "device"_a = "cpu", "isa"_a = to_string(kernel.isa),
+                         "available"_a = refused.empty(), "selected"_a = is_selected, "launches"_a = launches(kernel),
+                         "reason"_a = !refused.empty() ? refused
+                                      : is_selected    ? "the best this processor runs"
+                                                       : std::string(selected->name) + " is preferred"));
   }
   return list;
 }
@@ -55,21 +57,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_feature_dict, "The processor's features the kernels ask for: name -> present.");
   m.def("kernels", &kernels, "The kernel table: one dict per kernel, and why it is or is not the one that runs.");
   m.def("forced_isa", &forced, "The instruction set selection is restricted to, or None.");
-  m.def("force_isa", &force, "isa"_a, "Restricts kernel selection to one instruction set (None: the best); for tests and measurements.");
+  m.def("force_isa", &force, "isa"_a,
+        "Restricts kernel selection to one instruction set (None: the best); for tests and measurements.");
 
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("attention_forward", &attention, "query"_a, "key"_a, "value"_a, "attn_mask"_a = py::none(), "key_mask"_a = py::none(),
-        "rng_state"_a = py::none(), "scale"_a = py::none(), "is_causal"_a = false, "window_left"_a = -1, "window_right"_a = -1,
-        "dropout_p"_a = 0.0, no_gil, "The forward kernel itself -> (out, lse); CPU tensors, no autograd.");
-  m.def("attention_backward", &attention_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a,
-        "attn_mask"_a = py::none(), "key_mask"_a = py::none(), "rng_state"_a = py::none(), "scale"_a = py::none(),
-        "is_causal"_a = false, "window_left"_a = -1, "window_right"_a = -1, "dropout_p"_a = 0.0, no_gil,
-        "The backward kernel itself -> (grad_query, grad_key, grad_value).");
-  m.def("mmca_attention_forward", &mmca_attention, "query"_a, "key"_a, "value"_a, "modality"_a, "image_id"_a = py::none(),
-        "rng_state"_a = py::none(), "image_rows"_a = "self", "merge"_a = "sum", "scale"_a = py::none(), "dropout_p"_a = 0.0,
-        "save_group_out"_a = false, no_gil, "The MMCA forward kernel itself -> (out, lse, group_out).");
-  m.def("mmca_attention_backward", &mmca_attention_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a,
-        "lse"_a, "group_out"_a, "modality"_a, "image_id"_a = py::none(), "rng_state"_a = py::none(), "image_rows"_a = "self",
-        "merge"_a = "sum", "scale"_a = py::none(), "dropout_p"_a = 0.0, no_gil,
-        "The MMCA backward kernel itself -> (grad_query, grad_key, grad_value).");
+  m.def("attention_forward", &attention, "query"_a, "key"_a, "value"_a, "attn_mask"_a = py::none(),
+        "key_mask"_a = py::none(), "rng_state"_a = py::none(), "scale"_a = py::none(), "is_causal"_a = false,
+        "window_left"_a = -1, "window_right"_a = -1, "dropout_p"_a = 0.0, "save_for_backward"_a = false, no_gil,
+        "The forward kernel itself -> (out, lse, lse_low); CPU tensors, no autograd.");
+  m.def("attention_backward", &attention_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a,
+        "lse"_a, "lse_low"_a, "attn_mask"_a = py::none(), "key_mask"_a = py::none(), "rng_state"_a = py::none(),
+        "scale"_a = py::none(), "is_causal"_a = false, "window_left"_a = -1, "window_right"_a = -1, "dropout_p"_a = 0.0,
+        no_gil, "The backward kernel itself -> (grad_query, grad_key, grad_value).");
+  m.def("mmca_attention_forward", &mmca_attention, "query"_a, "key"_a, "value"_a, "modality"_a,
+        "image_id"_a = py::none(), "rng_state"_a = py::none(), "image_rows"_a = "self", "merge"_a = "sum",
+        "scale"_a = py::none(), "dropout_p"_a = 0.0, "save_for_backward"_a = false, no_gil,
+        "The MMCA forward kernel itself -> (out, lse, lse_low, group_out).");
+  m.def("mmca_attention_backward", &mmca_attention_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a,
+        "out"_a, "lse"_a, "lse_low"_a, "group_out"_a, "modality"_a, "image_id"_a = py::none(),
+        "rng_state"_a = py::none(), "image_rows"_a = "self", "merge"_a = "sum", "scale"_a = py::none(),
+        "dropout_p"_a = 0.0, no_gil, "The MMCA backward kernel itself -> (grad_query, grad_key, grad_value).");
 }

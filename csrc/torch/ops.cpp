@@ -20,51 +20,56 @@ void run_on_cpu(Operation operation, const Arguments& arguments) {
 
 }  // namespace
 
-TwoTensors attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-                     const OptionalTensor& key_mask, const OptionalTensor& rng_state, std::optional<double> scale, bool is_causal,
-                     std::int64_t window_left, std::int64_t window_right, double dropout_p) {
+ThreeTensors attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+                       const OptionalTensor& key_mask, const OptionalTensor& rng_state, std::optional<double> scale,
+                       bool is_causal, std::int64_t window_left, std::int64_t window_right, double dropout_p,
+                       bool save_for_backward) {
   Arguments arguments(attention_name, query, key, value, scale);
   arguments.set_band(is_causal, window_left, window_right);
   arguments.set_masks(attn_mask, key_mask);
   arguments.set_dropout(dropout_p, rng_state);
-  auto [out, lse, unused] = arguments.allocate_results(query, false);
+  const Results results = arguments.allocate_results(query, save_for_backward);
   run_on_cpu(Operation::attention_forward, arguments);
-  return {std::move(out), std::move(lse)};
+  return {results.out, results.lse, results.lse_low};
 }
 
-ThreeTensors attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-                                const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask,
-                                const OptionalTensor& key_mask, const OptionalTensor& rng_state, std::optional<double> scale,
-                                bool is_causal, std::int64_t window_left, std::int64_t window_right, double dropout_p) {
+ThreeTensors attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                                const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
+                                const Tensor& lse_low, const OptionalTensor& attn_mask, const OptionalTensor& key_mask,
+                                const OptionalTensor& rng_state, std::optional<double> scale, bool is_causal,
+                                std::int64_t window_left, std::int64_t window_right, double dropout_p) {
   Arguments arguments(attention_name, query, key, value, scale);
   arguments.set_band(is_causal, window_left, window_right);
   arguments.set_masks(attn_mask, key_mask);
   arguments.set_dropout(dropout_p, rng_state);
-  arguments.set_results(out, lse, Tensor(), grad_out, grad_lse);
+  arguments.set_results({out, lse, lse_low, Tensor()}, grad_out, grad_lse);
   auto gradients = arguments.allocate_gradients(query, key, value);
   run_on_cpu(Operation::attention_backward, arguments);
   return gradients;
 }
 
-ThreeTensors mmca_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& modality,
-                            const OptionalTensor& image_id, const OptionalTensor& rng_state, c10::string_view image_rows,
-                            c10::string_view merge, std::optional<double> scale, double dropout_p, bool save_group_out) {
+FourTensors mmca_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& modality,
+                           const OptionalTensor& image_id, const OptionalTensor& rng_state, c10::string_view image_rows,
+                           c10::string_view merge, std::optional<double> scale, double dropout_p,
+                           bool save_for_backward) {
   Arguments arguments(mmca_name, query, key, value, scale);
   arguments.set_modality(modality, image_id, image_rows, merge);
   arguments.set_dropout(dropout_p, rng_state);
-  auto results = arguments.allocate_results(query, save_group_out);
+  const Results results = arguments.allocate_results(query, save_for_backward);
   run_on_cpu(Operation::attention_forward, arguments);
-  return results;
+  return {results.out, results.lse, results.lse_low, results.group_out};
 }
 
-ThreeTensors mmca_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-                                     const Tensor& value, const Tensor& out, const Tensor& lse, const Tensor& group_out,
-                                     const Tensor& modality, const OptionalTensor& image_id, const OptionalTensor& rng_state,
-                                     c10::string_view image_rows, c10::string_view merge, std::optional<double> scale, double dropout_p) {
+ThreeTensors mmca_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                                     const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
+                                     const Tensor& lse_low, const Tensor& group_out, const Tensor& modality,
+                                     const OptionalTensor& image_id, const OptionalTensor& rng_state,
+                                     c10::string_view image_rows, c10::string_view merge, std::optional<double> scale,
+                                     double dropout_p) {
   Arguments arguments(mmca_name, query, key, value, scale);
   arguments.set_modality(modality, image_id, image_rows, merge);
   arguments.set_dropout(dropout_p, rng_state);
-  arguments.set_results(out, lse, group_out, grad_out, grad_lse);
+  arguments.set_results({out, lse, lse_low, group_out}, grad_out, grad_lse);
   auto gradients = arguments.allocate_gradients(query, key, value);
   run_on_cpu(Operation::attention_backward, arguments);
   return gradients;
@@ -72,19 +77,27 @@ ThreeTensors mmca_attention_backward(const Tensor& grad_out, const OptionalTenso
 
 TORCH_LIBRARY(mmca_ext, m) {
   m.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, float? scale, "
-      "bool is_causal, int window_left, int window_right, float dropout_p) -> (Tensor out, Tensor lse)");
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, "
+      "float? scale, "
+      "bool is_causal, int window_left, int window_right, float dropout_p, bool save_for_backward) "
+      "-> (Tensor out, Tensor lse, Tensor lse_low)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, float? scale, bool is_causal, int window_left, int window_right, "
-      "float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, "
+      "Tensor lse_low, Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, float? scale, bool is_causal, int "
+      "window_left, "
+      "int window_right, float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def(
-      "mmca_attention(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? image_id, Tensor? rng_state, str image_rows, "
-      "str merge, float? scale, float dropout_p, bool save_group_out) -> (Tensor out, Tensor lse, Tensor group_out)");
+      "mmca_attention(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? image_id, Tensor? rng_state, "
+      "str image_rows, "
+      "str merge, float? scale, float dropout_p, bool save_for_backward) -> (Tensor out, Tensor lse, Tensor lse_low, "
+      "Tensor group_out)");
   m.def(
-      "mmca_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor group_out, Tensor modality, Tensor? image_id, Tensor? rng_state, str image_rows, str merge, float? scale, "
-      "float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "mmca_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, "
+      "Tensor lse_low, Tensor group_out, Tensor modality, Tensor? image_id, Tensor? rng_state, str image_rows, str "
+      "merge, "
+      "float? scale, float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 
 TORCH_LIBRARY_IMPL(mmca_ext, CPU, m) {

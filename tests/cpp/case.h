@@ -22,18 +22,19 @@ struct Choices {
   ImageRows image_rows = ImageRows::self;
   Merge merge = Merge::sum;
   double dropout = 0;
-  bool grad_lse = false;
+  bool grad_lse = false, lse_low = false;
   Layout query_layout, key_layout, value_layout, out_layout, grad_layout;
   std::uint64_t seed = 0;
 
   std::string text() const {
     char buffer[400];
     std::snprintf(buffer, sizeof buffer,
-                  "batch %d kv_heads %d heads_per_kv %d q_len %d k_len %d head_dim %d value_dim %d scale %g causal %d window %d %d "
+                  "batch %d kv_heads %d heads_per_kv %d q_len %d k_len %d head_dim %d value_dim %d scale %g causal %d "
+                  "window %d %d "
                   "attend %g pad %g mmca %d image_id %d image_rows %d merge %d dropout %g grad_lse %d seed %llu",
-                  int(batch), int(kv_heads), int(heads_per_kv), int(q_len), int(k_len), int(head_dim), int(value_dim), scale,
-                  causal, int(window_left), int(window_right), attend, pad, mmca, image_id, int(image_rows), int(merge), dropout,
-                  grad_lse, static_cast<unsigned long long>(seed));
+                  int(batch), int(kv_heads), int(heads_per_kv), int(q_len), int(k_len), int(head_dim), int(value_dim),
+                  scale, causal, int(window_left), int(window_right), attend, pad, mmca, image_id, int(image_rows),
+                  int(merge), dropout, grad_lse, static_cast<unsigned long long>(seed));
     return buffer;
   }
 };
@@ -52,7 +53,7 @@ inline std::vector<std::int32_t> random_modality(Random& random, std::int64_t co
 template <class T>
 struct Case {
   Problem problem;
-  Tensor<T> query, key, value, out, lse, group_out, grad_out, grad_lse, grad_query, grad_key, grad_value;
+  Tensor<T> query, key, value, out, lse, lse_low, group_out, grad_out, grad_lse, grad_query, grad_key, grad_value;
   Tensor<std::uint8_t> attn_mask;
   std::vector<std::uint8_t> key_mask;
   std::vector<std::int32_t> modality, image_id;
@@ -64,6 +65,7 @@ struct Case {
     value = Tensor<T>(c.batch, c.kv_heads, c.k_len, c.value_dim, c.value_layout);
     out = Tensor<T>(c.batch, q_heads, c.q_len, c.value_dim, c.out_layout);
     lse = Tensor<T>(groups, c.batch, q_heads, c.q_len, c.out_layout);
+    if (c.lse_low) lse_low = Tensor<T>(groups, c.batch, q_heads, c.q_len);
     group_out = Tensor<T>(groups * c.batch, q_heads, c.q_len, c.value_dim);
     grad_out = Tensor<T>(c.batch, q_heads, c.q_len, c.value_dim, c.grad_layout);
     Layout output = c.out_layout;
@@ -115,6 +117,7 @@ struct Case {
     p.value = value.template strided<const void*>();
     p.out = out.template strided<void*>();
     p.lse = lse.template statistic<void*>();
+    if (c.lse_low) p.lse_low = lse_low.template statistic<void*>();
     p.grad_out = grad_out.template strided<const void*>();
     if (c.grad_lse) {
       grad_lse = Tensor<T>(groups, c.batch, q_heads, c.q_len, c.grad_layout);

@@ -44,7 +44,8 @@ class ShuffledExecutor final : public Executor {
   void run(int workers, void (*task)(void*, int), void* context) override {
     std::vector<int> order(static_cast<std::size_t>(workers));
     std::iota(order.begin(), order.end(), 0);
-    for (int i = workers - 1; i > 0; --i) std::swap(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(random_.integer(0, i))]);
+    for (int i = workers - 1; i > 0; --i)
+      std::swap(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(random_.integer(0, i))]);
     for (const int worker : order) task(context, worker);
   }
 

@@ -51,10 +51,10 @@ long double ulps(T actual, long double exact) {
   return std::abs(actual - exact) / std::ldexp(1.0L, exponent - std::numeric_limits<T>::digits + 1);
 }
 
-// In ulps of a polynomial p in [0.7, 1.42], worst just below 1: rounding p is 1/2; before it q = (p - 1) / r, in [1/2, 1)
-// and of magnitude times r at most 0.3, brings its own half ulp times |r| <= 1/2, so 1/4, and what lies deeper under 1/8;
-// the rounded coefficient ln 2 under 1/8. Where multiplication and addition round apart, the products q r and below add
-// 1/4 and under 1/8 more.
+// In ulps of a polynomial p in [0.7, 1.42], worst just below 1: rounding p is 1/2; before it q = (p - 1) / r, in [1/2,
+// 1) and of magnitude times r at most 0.3, brings its own half ulp times |r| <= 1/2, so 1/4, and what lies deeper under
+// 1/8; the rounded coefficient ln 2 under 1/8. Where multiplication and addition round apart, the products q r and
+// below add 1/4 and under 1/8 more.
 TYPED_TEST(Exp2, IsWithinAnUlp) {
   using T = TypeParam;
   std::vector<T> x;
@@ -104,7 +104,8 @@ TYPED_TEST(Exp2, IsZeroBelowItsReach) {
   using T = TypeParam;
   const T r = static_cast<T>(reach<T>), infinity = std::numeric_limits<T>::infinity();
   each_probe<T>([&](const Probe<T>& probe) {
-    for (const T x : {-infinity, std::numeric_limits<T>::lowest(), T(-1e30), -2 * r, -r - 2, -r - 1, std::nextafter(-r - T(0.5), -infinity)})
+    for (const T x : {-infinity, std::numeric_limits<T>::lowest(), T(-1e30), -2 * r, -r - 2, -r - 1,
+                      std::nextafter(-r - T(0.5), -infinity)})
       EXPECT_EQ(probe.exp2_one(x), T(0)) << x;
     for (int i = 1; i <= 64; ++i) {  // within half of the reach: 0, or the subnormal number it should be
       const T x = -r - T(i) / 128, y = probe.exp2_one(x);

@@ -20,8 +20,12 @@ struct Poison {
         rows(static_cast<std::size_t>(c.problem.batch * c.problem.q_heads * c.problem.q_len)),
         reached_keys(keys) {}
 
-  std::size_t key(std::int64_t b, std::int64_t kv, std::int64_t j) const { return (b * c.problem.kv_heads + kv) * c.problem.k_len + j; }
-  std::size_t row(std::int64_t b, std::int64_t h, std::int64_t i) const { return (b * c.problem.q_heads + h) * c.problem.q_len + i; }
+  std::size_t key(std::int64_t b, std::int64_t kv, std::int64_t j) const {
+    return (b * c.problem.kv_heads + kv) * c.problem.k_len + j;
+  }
+  std::size_t row(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    return (b * c.problem.q_heads + h) * c.problem.q_len + i;
+  }
 
   void spread() {
     const Problem& p = c.problem;
@@ -37,7 +41,8 @@ struct Poison {
 };
 
 template <class T, class Reached>
-void expect_unreached_equal(const char* what, Tensor<T>& clean, Tensor<T>& poisoned, const Choices& choices, const Reached& reached) {
+void expect_unreached_equal(const char* what, Tensor<T>& clean, Tensor<T>& poisoned, const Choices& choices,
+                            const Reached& reached) {
   std::size_t different = 0, compared = 0;
   clean.each([&](T x, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
     if (reached(b, h, i, d)) return;
@@ -55,11 +60,16 @@ void expect_contained(const Kernel& kernel, const Choices& choices, Into into, s
   const Problem& p = c.problem;
   Random random(seed);
   Poison<T> poison(c);
-  Tensor<T>& target = into == Into::key ? c.key : into == Into::value ? c.value : into == Into::query ? c.query : c.grad_out;
+  Tensor<T>& target = into == Into::key     ? c.key
+                      : into == Into::value ? c.value
+                      : into == Into::query ? c.query
+                                            : c.grad_out;
   const bool at_keys = into == Into::key || into == Into::value;
   for (int n = 0; n < 3; ++n) {
-    const std::int64_t b = random.integer(0, static_cast<int>(target.size(0)) - 1), h = random.integer(0, static_cast<int>(target.size(1)) - 1),
-                       i = random.integer(0, static_cast<int>(target.size(2)) - 1), d = random.integer(0, static_cast<int>(target.size(3)) - 1);
+    const std::int64_t b = random.integer(0, static_cast<int>(target.size(0)) - 1),
+                       h = random.integer(0, static_cast<int>(target.size(1)) - 1),
+                       i = random.integer(0, static_cast<int>(target.size(2)) - 1),
+                       d = random.integer(0, static_cast<int>(target.size(3)) - 1);
     const T infinity = std::numeric_limits<T>::infinity();
     target.at(b, h, i, d) = random.pick({std::numeric_limits<T>::quiet_NaN(), infinity, -infinity});
     if (at_keys) poison.keys[poison.key(b, h, i)] = 1;
@@ -77,10 +87,12 @@ void expect_contained(const Kernel& kernel, const Choices& choices, Into into, s
     expect_unreached_equal("grad_value", clean.grad_value, c.grad_value, choices, key_reached);
   } else {
     expect_unreached_equal("out", clean.out, c.out, choices, row_reached);
-    expect_unreached_equal("lse", clean.lse, c.lse, choices, [&](auto, auto b, auto h, auto i) { return poison.rows[poison.row(b, h, i)]; });
+    expect_unreached_equal("lse", clean.lse, c.lse, choices,
+                           [&](auto, auto b, auto h, auto i) { return poison.rows[poison.row(b, h, i)]; });
     if (p.group_out)
-      expect_unreached_equal("group_out", clean.group_out, c.group_out, choices,
-                             [&](auto gb, auto h, auto i, auto) { return poison.rows[poison.row(gb % p.batch, h, i)]; });
+      expect_unreached_equal("group_out", clean.group_out, c.group_out, choices, [&](auto gb, auto h, auto i, auto) {
+        return poison.rows[poison.row(gb % p.batch, h, i)];
+      });
   }
 }
 
@@ -113,10 +125,10 @@ void contained(const Kernel& kernel, Into into, bool few) {
   }
 }
 
-#define MMCA_CONTAINED(name, into, few)        \
-  TEST_P(KernelFaults, name) {                 \
-    MMCA_SKIP_REFUSED(*GetParam());            \
-    contained(*GetParam(), Into::into, few);   \
+#define MMCA_CONTAINED(name, into, few)      \
+  TEST_P(KernelFaults, name) {               \
+    MMCA_SKIP_REFUSED(*GetParam());          \
+    contained(*GetParam(), Into::into, few); \
   }
 MMCA_CONTAINED(NonFiniteKeyReachesOnlyWhoSeesIt, key, false)
 MMCA_CONTAINED(NonFiniteValueReachesOnlyWhoSeesIt, value, false)
@@ -136,22 +148,27 @@ TEST_P(KernelFaults, HugeNumbersStayFinite) {
         with_type(kernel, [&](auto type) {
           using T = decltype(type);
           Choices choices;
-          choices.batch = 2, choices.q_len = rows, choices.k_len = 70, choices.head_dim = 16, choices.value_dim = 8, choices.scale = 0.25;
+          choices.batch = 2, choices.q_len = rows, choices.k_len = 70, choices.head_dim = 16, choices.value_dim = 8,
+          choices.scale = 0.25;
           choices.mmca = mmca, choices.image_rows = ImageRows::causal;
           choices.causal = true;
           Case<T> c(choices);
-          for (Tensor<T>* x : {&c.query, &c.key}) x->each([&](T& element, auto...) { element *= static_cast<T>(size); });
+          for (Tensor<T>* x : {&c.query, &c.key})
+            x->each([&](T& element, auto...) { element *= static_cast<T>(size); });
           SerialExecutor serial;
           const Kernel* forward = &kernel;
           for (const Kernel& other : kernel_table())
-            if (is_backward(kernel) && other.isa == kernel.isa && other.dtype == kernel.dtype && !is_backward(other)) forward = &other;
+            if (is_backward(kernel) && other.isa == kernel.isa && other.dtype == kernel.dtype && !is_backward(other))
+              forward = &other;
           run_kernel(*forward, c, serial);
-          for (const T x : c.out.values()) ASSERT_TRUE(std::isfinite(x)) << x << " in out; operands of " << size << ", rows " << rows;
+          for (const T x : c.out.values())
+            ASSERT_TRUE(std::isfinite(x)) << x << " in out; operands of " << size << ", rows " << rows;
           if (!is_backward(kernel)) return;
           run_kernel(kernel, c, serial);
           for (Tensor<T>* output : outputs(kernel, c))
             for (const T x : output->values())
-              ASSERT_TRUE(std::isfinite(x)) << x << " in output " << output - outputs(kernel, c)[0] << "; operands of " << size << ", rows " << rows;
+              ASSERT_TRUE(std::isfinite(x)) << x << " in output " << output - outputs(kernel, c)[0] << "; operands of "
+                                            << size << ", rows " << rows;
         });
 }
 
@@ -166,12 +183,15 @@ TEST_P(KernelFaults, NeighboursInTheBatchChangeNothing) {
       choices.batch = 2;
       Case<T> c(choices), other(choices);
       for (Tensor<T>* x : {&other.query, &other.key, &other.value, &other.grad_out})
-        x->each([&](T& element, std::int64_t b, auto...) { if (b == 1) element *= T(3); });
+        x->each([&](T& element, std::int64_t b, auto...) {
+          if (b == 1) element *= T(3);
+        });
       prepare(kernel, c), prepare(kernel, other);
       run_kernel(kernel, c), run_kernel(kernel, other);
       for (std::size_t o = 0; o < outputs(kernel, c).size(); ++o) {
         if (!is_backward(kernel) && o) continue;  // lse and group_out have the group first
-        expect_unreached_equal("output", *outputs(kernel, c)[o], *outputs(kernel, other)[o], choices, [](auto b, auto...) { return b == 1; });
+        expect_unreached_equal("output", *outputs(kernel, c)[o], *outputs(kernel, other)[o], choices,
+                               [](auto b, auto...) { return b == 1; });
       }
     });
 }
@@ -186,16 +206,18 @@ TEST_P(KernelFaults, StridesChangeNothing) {
       Choices choices = random_choices(random, seed % 2);
       if (seed % 3 == 0) choices.head_dim = choices.value_dim = 32;  // rows that may be used where they lie
       Case<T> contiguous(choices);
-      for (Layout* layout : {&choices.query_layout, &choices.key_layout, &choices.value_layout, &choices.out_layout, &choices.grad_layout})
-        layout->heads_inside_rows = random.chance(0.5), layout->feature_step = random.integer(1, 2), layout->gap = random.integer(0, 2),
-        layout->skip = random.integer(0, 7);
+      for (Layout* layout : {&choices.query_layout, &choices.key_layout, &choices.value_layout, &choices.out_layout,
+                             &choices.grad_layout})
+        layout->heads_inside_rows = random.chance(0.5), layout->feature_step = random.integer(1, 2),
+        layout->gap = random.integer(0, 2), layout->skip = random.integer(0, 7);
       Case<T> strided(choices);
       prepare(kernel, contiguous), prepare(kernel, strided);
       EXPECT_TRUE(equal_bits(run_kernel(kernel, contiguous), run_kernel(kernel, strided))) << choices.text();
     });
 }
 
-INSTANTIATE_TEST_SUITE_P(, KernelFaults, testing::ValuesIn(all_kernels()), [](const auto& info) { return identifier(*info.param); });
+INSTANTIATE_TEST_SUITE_P(, KernelFaults, testing::ValuesIn(all_kernels()),
+                         [](const auto& info) { return identifier(*info.param); });
 
 }  // namespace
 }  // namespace mmca::test

@@ -33,7 +33,8 @@ Layout any_layout(Random& random) {
 }
 
 void strides(Choices& c, Random& random) {
-  for (Layout* layout : {&c.query_layout, &c.key_layout, &c.value_layout, &c.out_layout, &c.grad_layout, &c.mask_layout})
+  for (Layout* layout :
+       {&c.query_layout, &c.key_layout, &c.value_layout, &c.out_layout, &c.grad_layout, &c.mask_layout})
     *layout = any_layout(random);
   for (Layout* layout : {&c.query_layout, &c.key_layout, &c.value_layout, &c.grad_layout, &c.mask_layout}) {
     layout->same_batch = random.chance(0.2);
@@ -66,6 +67,14 @@ const Topic topics[] = {
      }},
     {"grouped_heads", 20, heads},
     {"masks", 30, key_masks},
+    {"odd_scales", 20,
+     [](Choices& c, Random& random) {
+       c.scale =
+           random.pick({0.0, 1e-42, 1e-38, -1e-20, 1e-310, 1.0 / 3});  // subnormal numbers of float and double, too
+       c.causal = true;
+       if (random.chance(0.5)) c.attend = 0.5;
+       if (c.attend < 0 && random.chance(0.5)) c.mmca = true, c.image_rows = ImageRows::causal;
+     }},
     {"band", 40,
      [](Choices& c, Random& random) {
        causal_or_window(c, random);
@@ -139,10 +148,12 @@ TEST_P(Kernels, MatchReference) {
     c.batch = random.integer(1, 2), c.q_len = random.integer(1, 40), c.k_len = random.integer(1, 70);
     c.head_dim = random.integer(1, 40), c.value_dim = random.integer(1, 40);
     c.scale = random.pick({1.0, 0.3, -0.2, 1 / std::sqrt(static_cast<double>(c.head_dim))});
-    c.grad_lse = random.chance(0.5);
+    c.grad_lse = random.chance(0.5), c.lse_low = random.chance(0.5);
     topic.choose(c, random);
     const bool big = c.q_len * c.k_len > 20000;
-    with_type(kernel, [&](auto type) { worst = std::max(worst, check<decltype(type)>(kernel, c, std::size_t{big ? 48u : 4u} << 20)); });
+    with_type(kernel, [&](auto type) {
+      worst = std::max(worst, check<decltype(type)>(kernel, c, std::size_t{big ? 48u : 4u} << 20));
+    });
   }
   RecordProperty("largest_error_in_bounds", std::to_string(worst));
   EXPECT_TRUE(worst > 0 || topic.name == std::string("empty")) << "no error at all: nothing was compared";
@@ -155,7 +166,9 @@ std::vector<const Topic*> all_topics() {
 }
 
 INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Combine(testing::ValuesIn(all_kernels()), testing::ValuesIn(all_topics())),
-                         [](const auto& info) { return identifier(*std::get<0>(info.param)) + "__" + std::get<1>(info.param)->name; });
+                         [](const auto& info) {
+                           return identifier(*std::get<0>(info.param)) + "__" + std::get<1>(info.param)->name;
+                         });
 
 }  // namespace
 }  // namespace mmca::test

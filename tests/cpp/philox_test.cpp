@@ -22,9 +22,7 @@ Words words(std::uint64_t seed, const std::uint32_t (&counter)[4]) {
   return {word[0], word[1], word[2], word[3]};
 }
 
-TEST(Philox, Zeros) {
-  EXPECT_EQ(words(0, {0, 0, 0, 0}), (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
-}
+TEST(Philox, Zeros) { EXPECT_EQ(words(0, {0, 0, 0, 0}), (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8})); }
 
 TEST(Philox, Ones) {
   EXPECT_EQ(words(~std::uint64_t{0}, {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}),
@@ -47,7 +45,8 @@ void expect_dropout_factors() {
       keys.size = random.integer(0, 400);
       if (round % 2) {
         std::int32_t position = -1;
-        for (int c = 0; c < keys.size; ++c) keys.positions.push_back(position += random.integer(1, random.chance(0.1) ? 500 : 3));
+        for (int c = 0; c < keys.size; ++c)
+          keys.positions.push_back(position += random.integer(1, random.chance(0.1) ? 500 : 3));
       }
       Dropout dropout;
       dropout.threshold = random.pick({1u, 6554u, 32768u, 65535u, 65536u});
@@ -66,7 +65,8 @@ void expect_dropout_factors() {
           if (((word[j % 8 / 2] >> (16 * (j % 2))) & 0xffff) >= dropout.threshold)
             expected = static_cast<T>(65536.0 / (65536.0 - dropout.threshold));
         }
-        ASSERT_EQ(factors[static_cast<std::size_t>(c)], expected) << to_string(probe.isa) << " round " << round << " key " << first + c;
+        ASSERT_EQ(factors[static_cast<std::size_t>(c)], expected)
+            << to_string(probe.isa) << " round " << round << " key " << first + c;
       }
     }
   }

@@ -67,7 +67,8 @@ void expect_plan_agrees(const Choices& choices) {
           else expected[group_of(p, b, j)].insert(j);
         }
       ASSERT_EQ(sequence.attends_to_itself(i), own) << "row " << i;
-      for (int g = 0; g < p.groups(); ++g) ASSERT_EQ(planned(sequence, g, index), expected[g]) << "row " << i << ", group " << g;
+      for (int g = 0; g < p.groups(); ++g)
+        ASSERT_EQ(planned(sequence, g, index), expected[g]) << "row " << i << ", group " << g;
     }
   }
 }
@@ -157,7 +158,8 @@ TEST(Plan, MmcaRowsOfAKindAreTogether) {
   const Case<float> x(c);
   const Plan plan = make_plan(x.problem);
   const auto kind = [&](std::int32_t row) { return (group_of(x.problem, 0, row) + 3) % 3; };  // padding last
-  for (std::size_t i = 1; i < plan.of(0).rows.size(); ++i) EXPECT_LE(kind(plan.of(0).rows[i - 1]), kind(plan.of(0).rows[i]));
+  for (std::size_t i = 1; i < plan.of(0).rows.size(); ++i)
+    EXPECT_LE(kind(plan.of(0).rows[i - 1]), kind(plan.of(0).rows[i]));
 }
 
 }  // namespace

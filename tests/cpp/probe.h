@@ -1,5 +1,5 @@
-// One instruction set's building blocks (tiles, packing, exp2, ...) behind plain pointers, so that tests compiled for any
-// processor can call them: no code of GoogleTest or of the standard library is compiled for a newer one.
+// One instruction set's building blocks (tiles, packing, exp2, ...) behind plain pointers, so that tests compiled for
+// any processor can call them: no code of GoogleTest or of the standard library is compiled for a newer one.
 #pragma once
 
 #include <cstddef>
@@ -21,13 +21,14 @@ struct Probe {
 
   // The tile of 1..tile_rows rows.
   void (*score_tile)(int rows, int depth, const T* strip, const T* panel, T* scores);
-  void (*score_tile_with_max)(int rows, int depth, const T* strip, const T* panel, T* scores, T* row_max);
   void (*row_tile)(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride);
-  void (*rescaled_row_tile)(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride, const T* factor);
+  void (*rescaled_row_tile)(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride,
+                            const T* factor);
   void (*transposed_tile)(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride);
   int (*tile_height)(int rows);  // what with_tile_height makes of it
   void (*direct_score_tile)(int rows, int padded, const T* query, const T* const* keys, T* scores);
-  void (*direct_weigh)(int rows, int depth, const T* weights, const T* const* values, int padded, T* out, const T* factor);
+  void (*direct_weigh)(int rows, int depth, const T* weights, const T* const* values, int padded, T* out,
+                       const T* factor);
 
   void (*pack_strip)(const T* const* rows, int count, int features, T scale, T* out);  // pack_columns, tile_rows wide
   void (*pack_panel)(const T* const* rows, int count, int features, T scale, T* out);  // the same, 2 * width wide
@@ -41,13 +42,12 @@ struct Probe {
   T (*reduce_max)(const T* lanes);
   void (*exp2)(T* x, int registers_at_once, int count);  // count: a multiple of registers_at_once registers
   T (*exp2_one)(T x);
-  T (*exp2_row)(T* scores, int count, T shift);  // the sum, reduced
-  void (*score_gradient_row)(T* scores, T* gradients, int count, T lse2, T offset);
   T (*dot)(const T* a, const T* b, int count);
-  void (*dropout_factors)(const Dropout& dropout, const KeyList& keys, std::int32_t first, int count, std::uint32_t position,
-                          std::uint32_t head, T* factors);
+  void (*dropout_factors)(const Dropout& dropout, const KeyList& keys, std::int32_t first, int count,
+                          std::uint32_t position, std::uint32_t head, T* factors);
 
-  std::int64_t (*backward_partial_bytes)(const Problem& problem, std::int64_t slots);  // what a wave of so many allocates
+  std::int64_t (*backward_partial_bytes)(const Problem& problem,
+                                         std::int64_t slots);  // what a wave of so many allocates
 };
 
 // The probes of each instruction set that is built, whether or not this processor runs it.
@@ -57,10 +57,10 @@ std::vector<Probe<T>> probes();
 }  // namespace mmca::test
 
 // What the probe_*.cpp files define.
-#define MMCA_PROBE(isa)                                   \
-  namespace mmca::cpu::probe_##isa {                      \
-  void get_probe(mmca::test::Probe<float>& probe);        \
-  void get_probe(mmca::test::Probe<double>& probe);       \
+#define MMCA_PROBE(isa)                                \
+  namespace mmca::cpu::probe_##isa {                   \
+    void get_probe(mmca::test::Probe<float> & probe);  \
+    void get_probe(mmca::test::Probe<double> & probe); \
   }
 MMCA_PROBE(scalar)
 #if defined(__x86_64__)

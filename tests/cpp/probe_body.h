@@ -1,5 +1,6 @@
 // get_probe() of one instruction set; included inside its namespace, after its simd_*.h, by probe_<isa>.cpp.
 
+// clang-format off: the order matters
 #include "cpu/common.h"
 #include "cpu/exp2.h"
 #include "cpu/tiles.h"
@@ -10,6 +11,7 @@
 #include "cpu/few_rows.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
+// clang-format on
 
 inline constexpr int probe_stride = mmca::test::probe_stride;
 
@@ -30,14 +32,13 @@ struct ProbeBody {
   static void score(int rows, int depth, const T* strip, const T* panel, T* scores) {
     with_height<most>(rows, [&](auto n) { score_tile<T, n.value, probe_stride>(depth, strip, panel, scores); });
   }
-  static void score_with_max(int rows, int depth, const T* strip, const T* panel, T* scores, T* row_max) {
-    with_height<most>(rows, [&](auto n) { score_tile_with_max<T, n.value, probe_stride>(depth, strip, panel, scores, row_max); });
-  }
   static void row(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t stride) {
     with_height<most>(rows, [&](auto n) { row_tile<T, n.value, probe_stride>(depth, weights, panel, c, stride); });
   }
-  static void rescaled(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t stride, const T* factor) {
-    with_height<most>(rows, [&](auto n) { rescaled_row_tile<T, n.value, probe_stride>(depth, weights, panel, c, stride, factor); });
+  static void rescaled(int rows, int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t stride,
+                       const T* factor) {
+    with_height<most>(
+        rows, [&](auto n) { rescaled_row_tile<T, n.value, probe_stride>(depth, weights, panel, c, stride, factor); });
   }
   static int height(int rows) {
     int chosen = 0;
@@ -71,15 +72,14 @@ struct ProbeBody {
     else exp2_by<4>(x, count);
   }
   static T one(T x) { return exp2_one<T>(x); }
-  static T exp2_and_sum(T* scores, int count, T shift) { return S::reduce_add(exp2_row<T>(scores, count, shift)); }
   static std::int64_t partial_bytes(const Problem& problem, std::int64_t slots) {
     using Kernel = Backward<T, T>;
-    return slots * Kernel::padded_rows(problem) * Kernel::partial_row_bytes(problem);
+    return slots * Kernel::partial_rows(problem) * Kernel::partial_row_bytes(problem);
   }
 
   static void get(mmca::test::Probe<T>& p) {
     p.width = width, p.tile_rows = most;
-    p.score_tile = score, p.score_tile_with_max = score_with_max, p.row_tile = row, p.rescaled_row_tile = rescaled;
+    p.score_tile = score, p.row_tile = row, p.rescaled_row_tile = rescaled;
     p.transposed_tile = transposed_tile<T, probe_stride>;
     p.tile_height = height;
     p.direct_score_tile = direct_score_tile<T, probe_stride>, p.direct_weigh = direct_weigh<T, probe_stride>;
@@ -87,8 +87,8 @@ struct ProbeBody {
     p.pack_row = pack, p.pack_zero_row = zero_row;
     p.zero_non_finite = zero_non_finite<T>, p.add_non_finite = add_non_finite<T>;
     p.transpose = transpose, p.reduce_add = add, p.reduce_max = max;
-    p.exp2 = exp2, p.exp2_one = one, p.exp2_row = exp2_and_sum;
-    p.score_gradient_row = score_gradient_row<T>, p.dot = dot<T>;
+    p.exp2 = exp2, p.exp2_one = one;
+    p.dot = dot<T>;
     p.dropout_factors = dropout_factors<T>;
     p.backward_partial_bytes = partial_bytes;
   }

@@ -1,5 +1,6 @@
-// The operator by plain loops in a wider type, straight from the formulas of core/problem.h: who sees what by a predicate
-// on each pair of row and key, softmax over stored scores. With every result comes a bound on a kernel's error.
+// The operator by plain loops in a wider type, straight from the formulas of core/problem.h: who sees what by a
+// predicate on each pair of row and key, softmax over stored scores. With every result comes a bound on a kernel's
+// error.
 //
 // Bounds are first-order running errors. u is the unit roundoff, D the head dimension, n the number of keys, and
 // A = |scale| sum |q||k| of a pair, whose score therefore errs by at most (D + 4) u A: D products and sums, the folded
@@ -54,7 +55,8 @@ inline bool sees(const Problem& p, std::int64_t b, std::int64_t h, std::int64_t 
 inline double dropout_factor(const Problem& p, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
   const std::uint32_t threshold = p.dropout.threshold;
   if (!threshold || is_own_image(p, b, i, j)) return 1;
-  const std::uint32_t counter[4] = {static_cast<std::uint32_t>(j / 8), static_cast<std::uint32_t>(i + p.k_len - p.q_len),
+  const std::uint32_t counter[4] = {static_cast<std::uint32_t>(j / 8),
+                                    static_cast<std::uint32_t>(i + p.k_len - p.q_len),
                                     static_cast<std::uint32_t>(b * p.q_heads + h), p.dropout.offset};
   std::uint32_t word[4];
   philox(p.dropout.seed, counter, word);
@@ -65,7 +67,8 @@ inline double dropout_factor(const Problem& p, std::int64_t b, std::int64_t h, s
 template <class R>
 struct Bounded {  // numbers and bounds on the error of a kernel's, in the order of the dimensions
   std::vector<R> value, bound;
-  explicit Bounded(std::int64_t count = 0) : value(static_cast<std::size_t>(count)), bound(static_cast<std::size_t>(count)) {}
+  explicit Bounded(std::int64_t count = 0)
+      : value(static_cast<std::size_t>(count)), bound(static_cast<std::size_t>(count)) {}
 };
 
 template <class T>
@@ -75,22 +78,27 @@ class Reference {
 
   Bounded<R> out, lse, group_out, grad_query, grad_key, grad_value;
 
+  std::vector<R> lse2_bound;  // of log2(e) lse, kept in two parts
+
   explicit Reference(Case<T>& c)
       : c_(c), p_(c.problem), n_(static_cast<std::size_t>(p_.k_len)), D_(p_.head_dim), V_(p_.value_dim) {}
 
   void forward() {
     out = Bounded<R>(c_.out.count()), lse = Bounded<R>(c_.lse.count()), group_out = Bounded<R>(c_.group_out.count());
+    lse2_bound.assign(lse.value.size(), 0);
     for_each_row([&](std::int64_t b, std::int64_t h, std::int64_t i) {
       const Row row = look(b, h, i);
       const std::int64_t at = (b * p_.q_heads + h) * p_.q_len + i, per_group = p_.batch * p_.q_heads * p_.q_len;
       for (int g = 0; g < p_.groups(); ++g) {
         lse.value[at + g * per_group] = row.lse[g], lse.bound[at + g * per_group] = row.lse_bound[g];
+        lse2_bound[at + g * per_group] = row.lse2_bound[g];
         for (std::int64_t d = 0; d < V_; ++d) {
           group_out.value[(at + g * per_group) * V_ + d] = row.out[g][d];
           group_out.bound[(at + g * per_group) * V_ + d] = row.out_bound[g][d];
           const R x = row.weight[g] * row.out[g][d];
           out.value[at * V_ + d] += x;
-          out.bound[at * V_ + d] += row.weight[g] * row.out_bound[g][d] + (weight_error(row) + 2 * u * p_.groups()) * std::abs(x);
+          out.bound[at * V_ + d] +=
+              row.weight[g] * row.out_bound[g][d] + (weight_error(row) + 2 * u * p_.groups()) * std::abs(x);
         }
       }
     });
@@ -98,7 +106,8 @@ class Reference {
 
   // Of a kernel given lse, out and group_out correctly rounded; call store_results() first.
   void backward() {
-    grad_query = Bounded<R>(c_.query.count()), grad_key = Bounded<R>(c_.key.count()), grad_value = Bounded<R>(c_.value.count());
+    grad_query = Bounded<R>(c_.query.count()), grad_key = Bounded<R>(c_.key.count()),
+    grad_value = Bounded<R>(c_.value.count());
     const R rows = static_cast<R>(p_.q_len * p_.heads_per_kv()), scale = static_cast<R>(p_.scale);
     std::vector<R> product(n_), magnitude(n_);
     for_each_row([&](std::int64_t b, std::int64_t h, std::int64_t i) {
@@ -130,7 +139,8 @@ class Reference {
           const R k = static_cast<R>(c_.key.at(b, kv, j, d)), q = static_cast<R>(c_.query.at(b, h, i, d));
           add(grad_query, c_.query, b, h, i, d, scale * ds * k,
               std::abs(scale * k) * (ds_bound + u * (n_ + 24) * row.p[j] * size));
-          add(grad_key, c_.key, b, kv, j, d, scale * ds * q, std::abs(scale * q) * (ds_bound + u * (rows + 4) * row.p[j] * size));
+          add(grad_key, c_.key, b, kv, j, d, scale * ds * q,
+              std::abs(scale * q) * (ds_bound + u * (rows + 4) * row.p[j] * size));
         }
         for (std::int64_t d = 0; d < V_; ++d) {
           const R x = row.p[j] * row.keep[j] * w * static_cast<R>(c_.grad_out.at(b, h, i, d));
@@ -146,17 +156,24 @@ class Reference {
     c_.out.each([&](T& x, auto...) { x = static_cast<T>(out.value[i++]); });
     i = 0;
     c_.lse.each([&](T& x, auto...) { x = static_cast<T>(lse.value[i++]); });
+    if (p_.lse_low.data)
+      c_.lse.each([&](T x, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t row) {
+        const T high = x * static_cast<T>(log2_e);
+        const R exact = lse.value[((g * p_.batch + b) * p_.q_heads + h) * p_.q_len + row] * log2_e;
+        c_.lse_low.at(g, b, h, row) = std::isinf(x) ? T(0) : static_cast<T>(exact - high);
+      });
     i = 0;
     c_.group_out.each([&](T& x, auto...) { x = static_cast<T>(group_out.value[i++]); });
   }
 
  private:
+  static constexpr R log2_e = 1.44269504088896340735992468100189214L;
   static constexpr R u = std::numeric_limits<T>::epsilon() / 2;
 
   struct Row {
-    std::vector<int> group;           // of each key; -1: not seen
-    std::vector<R> size, p, keep;     // A, exp(s - lse_r), Z of each key
-    R lse[2], lse_bound[2] = {}, weight[2] = {1, 1};
+    std::vector<int> group;        // of each key; -1: not seen
+    std::vector<R> size, p, keep;  // A, exp(s - lse_r), Z of each key
+    R lse[2], lse_bound[2] = {}, lse2_bound[2] = {}, weight[2] = {1, 1};
     std::vector<R> out[2], out_bound[2];
   };
 
@@ -169,7 +186,8 @@ class Reference {
       row.group[j] = group_of(p_, b, static_cast<std::int64_t>(j));
       row.keep[j] = static_cast<R>(dropout_factor(p_, b, h, i, static_cast<std::int64_t>(j)));
       for (std::int64_t d = 0; d < D_; ++d) {
-        const R x = static_cast<R>(p_.scale) * static_cast<R>(c_.query.at(b, h, i, d)) * static_cast<R>(c_.key.at(b, kv, j, d));
+        const R x =
+            static_cast<R>(p_.scale) * static_cast<R>(c_.query.at(b, h, i, d)) * static_cast<R>(c_.key.at(b, kv, j, d));
         row.p[j] += x, row.size[j] += std::abs(x);
       }
     }
@@ -177,7 +195,9 @@ class Reference {
     if (p_.groups() == 2 && p_.merge == Merge::lse) {
       const R best = std::max(row.lse[0], row.lse[1]);
       for (int x = 0; x < 2; ++x)
-        row.weight[x] = std::isinf(best) ? 0 : std::exp(row.lse[x] - best) / (std::exp(row.lse[0] - best) + std::exp(row.lse[1] - best));
+        row.weight[x] = std::isinf(best)
+                            ? 0
+                            : std::exp(row.lse[x] - best) / (std::exp(row.lse[0] - best) + std::exp(row.lse[1] - best));
     }
     return row;
   }
@@ -188,7 +208,8 @@ class Reference {
     bool own = false;
     for (std::size_t j = 0; j < n_; ++j)
       if (row.group[j] == g)
-        best = std::max(best, row.p[j]), size = std::max(size, row.size[j]), ++n, own |= is_own_image(p_, b, i, static_cast<std::int64_t>(j));
+        best = std::max(best, row.p[j]), size = std::max(size, row.size[j]), ++n,
+        own |= is_own_image(p_, b, i, static_cast<std::int64_t>(j));
     for (std::size_t j = 0; j < n_; ++j)
       if (row.group[j] == g) sum += row.p[j] = std::exp(row.p[j] - best);
     row.lse[g] = n > 0 ? best + std::log(sum) : -std::numeric_limits<R>::infinity();
@@ -198,6 +219,9 @@ class Reference {
     // Each weight: its score, maximum and exp2; and, at most every 64 keys, a rescaling by another exp2 of maxima.
     const R blocks = n / 64 + 1, p_error = u * ((D_ + 4) * size + (blocks + 1) * (2 * size + 4));
     row.lse_bound[g] = own ? u * (D_ + 4) * size : p_error + u * (n + 4 * (size + std::log(n) + 1));
+    // The same without the rounding of lse: to base 2, and as a double (1.45 is over log2(e)).
+    row.lse2_bound[g] =
+        R(1.45) * (own ? u * (D_ + 4) * size : p_error + u * (n + 2)) + R(0x1p-50) * (1 + std::abs(row.lse[g]));
     for (std::size_t j = 0; j < n_; ++j) {
       if (row.group[j] != g) continue;
       row.p[j] /= sum;
@@ -218,7 +242,8 @@ class Reference {
     return error;
   }
 
-  void add(Bounded<R>& sum, const Tensor<T>& like, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d, R x, R bound) const {
+  void add(Bounded<R>& sum, const Tensor<T>& like, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d, R x,
+           R bound) const {
     const auto at = static_cast<std::size_t>(((b * like.size(1) + h) * like.size(2) + i) * like.size(3) + d);
     sum.value[at] += x, sum.bound[at] += bound + tiny;
   }

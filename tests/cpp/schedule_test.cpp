@@ -45,8 +45,10 @@ TEST(Schedule, ForwardItemsHoldEveryRowOnce) {
       for (const cpu::ForwardItem& item : items) {
         ASSERT_EQ(item.begin % row_block, 0);
         ASSERT_TRUE(item.begin < item.end && item.end - item.begin <= most);
-        for (std::int64_t row = item.begin; row < item.end; ++row) ASSERT_TRUE(rows.insert({item.batch, item.kv_head, row}).second);
-        ASSERT_TRUE(item.batch >= 0 && item.batch < p.batch && item.kv_head >= 0 && item.kv_head < p.kv_heads && item.begin >= 0);
+        for (std::int64_t row = item.begin; row < item.end; ++row)
+          ASSERT_TRUE(rows.insert({item.batch, item.kv_head, row}).second);
+        ASSERT_TRUE(item.batch >= 0 && item.batch < p.batch && item.kv_head >= 0 && item.kv_head < p.kv_heads &&
+                    item.begin >= 0);
         ASSERT_LE(item.end, p.q_len * p.heads_per_kv());
       }
       ASSERT_EQ(static_cast<std::int64_t>(rows.size()), p.batch * p.kv_heads * p.q_len * p.heads_per_kv());
@@ -61,10 +63,10 @@ TEST(Schedule, BackwardWavesHoldEveryKeyOnce) {
     const Problem& p = c.problem;
     const Plan plan = make_plan(p);
     const int key_range = random.pick({32, 384});
-    const std::int64_t row_bytes = random.pick({64, 1024, 100000});
+    const std::int64_t partial_bytes = random.pick({64, 100000, 100000000});
     std::set<std::tuple<std::int64_t, std::int64_t, int, std::int32_t>> keys;
     std::int64_t heads = 0;
-    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, plan, key_range, row_bytes)) {
+    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, plan, key_range, partial_bytes)) {
       expect_heaviest_first(wave.items);
       heads += static_cast<std::int64_t>(wave.heads.size());
       std::set<std::int64_t> slots;
@@ -77,7 +79,8 @@ TEST(Schedule, BackwardWavesHoldEveryKeyOnce) {
         ASSERT_EQ(item.begin % key_range, 0);
         ASSERT_TRUE(item.begin < item.end || (head.slots == 1 && item.end == 0));
         ASSERT_LE(item.end, plan.of(head.batch).keys[item.group].size);
-        for (std::int32_t key = item.begin; key < item.end; ++key) ASSERT_TRUE(keys.insert({head.batch, head.kv_head, item.group, key}).second);
+        for (std::int32_t key = item.begin; key < item.end; ++key)
+          ASSERT_TRUE(keys.insert({head.batch, head.kv_head, item.group, key}).second);
       }
       ASSERT_EQ(static_cast<std::int64_t>(slots.size()), wave.heads.back().first_slot + wave.heads.back().slots);
       for (std::size_t h = 0; h < wave.heads.size(); ++h) {
@@ -93,21 +96,22 @@ TEST(Schedule, BackwardWavesHoldEveryKeyOnce) {
   }
 }
 
-// What a wave's partials take, as the kernel allocates them, for many tiny and for few large heads. One head alone may be
-// larger than the limit.
+// What a wave's partials take, as the kernel allocates them, for many tiny and for few large heads. One head alone may
+// be larger than the limit.
 TEST(Schedule, WavesFitInMemory) {
   constexpr std::int64_t limit = std::int64_t{256} << 20, key_range = 384;
-  const std::int64_t shapes[][4] = {{4096, 16, 1, 64}, {1, 4096, 1, 64}, {64, 8, 90, 100}, {2, 4, 4096, 8192}, {1, 2, 20000, 5000}};
+  const std::int64_t shapes[][4] = {
+      {4096, 16, 1, 64}, {1, 4096, 1, 64}, {64, 8, 90, 100}, {2, 4, 4096, 8192}, {1, 2, 20000, 5000}};
   for (const auto& [batch, heads, q_len, k_len] : shapes) {
     Problem p;
     p.batch = batch, p.q_heads = p.kv_heads = heads, p.q_len = q_len, p.k_len = k_len, p.head_dim = p.value_dim = 64;
-    const std::int64_t row_bytes = p.head_dim * static_cast<std::int64_t>(sizeof(float));
     const Probe<float> probe = probes<float>()[0];
-    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, make_plan(p), key_range, row_bytes)) {
+    const std::int64_t partial_bytes = probe.backward_partial_bytes(p, 1);
+    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, make_plan(p), key_range, partial_bytes)) {
       const std::int64_t slots = wave.heads.back().first_slot + wave.heads.back().slots;
       EXPECT_TRUE(slots == wave.heads[0].slots || probe.backward_partial_bytes(p, slots) <= limit)
-          << slots << " slots take " << probe.backward_partial_bytes(p, slots) / (1 << 20) << " MiB: batch " << batch << ", heads "
-          << heads << ", " << q_len << " rows, " << k_len << " keys";
+          << slots << " slots take " << probe.backward_partial_bytes(p, slots) / (1 << 20) << " MiB: batch " << batch
+          << ", heads " << heads << ", " << q_len << " rows, " << k_len << " keys";
     }
   }
 }
@@ -156,7 +160,8 @@ TEST(Executors, SerialRunsWorkersInOrder) {
 }
 
 TEST(Scratch, IsAlignedAndKept) {
-  for (const std::size_t bytes : {std::size_t{1}, std::size_t{4096}, std::size_t{100000}, std::size_t{80} << 20, std::size_t{10}}) {
+  for (const std::size_t bytes :
+       {std::size_t{1}, std::size_t{4096}, std::size_t{100000}, std::size_t{80} << 20, std::size_t{10}}) {
     void *worker = cpu::worker_scratch(bytes), *call = cpu::call_scratch(bytes);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(worker) % 64, 0u);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(call) % 64, 0u);

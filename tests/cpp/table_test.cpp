@@ -46,7 +46,8 @@ TEST(Table, NamesSayWhatARowIs) {
   std::set<std::string> names;
   for (const Kernel& kernel : kernel_table()) {
     EXPECT_TRUE(names.insert(kernel.name).second) << kernel.name << " is listed twice";
-    EXPECT_EQ(kernel.name, std::string("cpu.") + to_string(kernel.isa) + "." + to_string(kernel.operation) + "." + to_string(kernel.dtype));
+    EXPECT_EQ(kernel.name, std::string("cpu.") + to_string(kernel.isa) + "." + to_string(kernel.operation) + "." +
+                               to_string(kernel.dtype));
     EXPECT_NE(kernel.run, nullptr);
   }
 }
@@ -61,7 +62,9 @@ TEST(Table, EveryInstructionSetCoversEveryOperationAndType) {
   EXPECT_EQ(isas.count(Isa::scalar), 1u);
   for (const Isa isa : isas)
     for (const Operation operation : operations)
-      for (const DType dtype : dtypes) EXPECT_EQ(rows.count({isa, operation, dtype}), 1u) << to_string(isa) << to_string(operation) << to_string(dtype);
+      for (const DType dtype : dtypes)
+        EXPECT_EQ(rows.count({isa, operation, dtype}), 1u)
+            << to_string(isa) << to_string(operation) << to_string(dtype);
 }
 
 TEST(Table, AnyProcessorRunsScalar) {
@@ -97,7 +100,8 @@ TEST(Table, RefusalsNameWhatIsMissing) {
   EXPECT_EQ(refusal(avx512, having(all_names), std::nullopt), "");
   EXPECT_EQ(refusal(avx512, having(all_names), Isa::avx512), "");
   EXPECT_EQ(refusal(avx512, having(all_names), Isa::scalar), "scalar is forced");
-  EXPECT_EQ(refusal(avx512, having({"avx2", "avx512f", "avx512vl", "avx512bw"}), std::nullopt), "this processor lacks fma, avx512dq");
+  EXPECT_EQ(refusal(avx512, having({"avx2", "avx512f", "avx512vl", "avx512bw"}), std::nullopt),
+            "this processor lacks fma, avx512dq");
 }
 
 TEST(Table, ForcingChoosesAmongTheRunnable) {
@@ -115,13 +119,15 @@ TEST(Table, ForcingChoosesAmongTheRunnable) {
 
 TEST(Table, WhatIsNotBuiltIsSaid) {
   for (const DType dtype : {DType::bf16, DType::f16})
-    EXPECT_EQ(message<std::runtime_error>([&] { select_kernel(Operation::attention_forward, dtype, having(all_names), std::nullopt); }),
+    EXPECT_EQ(message<std::runtime_error>(
+                  [&] { select_kernel(Operation::attention_forward, dtype, having(all_names), std::nullopt); }),
               std::string("mmca_ext: no kernel for attention_forward in ") + to_string(dtype) + "; none is built");
 }
 
 TEST(Table, NamesOfInstructionSets) {
   EXPECT_EQ(parse_isa("scalar"), Isa::scalar);
-  for (const char* name : {"", "Scalar", "sse2", "avx", "avx2 ", "scalar, avx2"}) EXPECT_EQ(parse_isa(name), std::nullopt) << name;
+  for (const char* name : {"", "Scalar", "sse2", "avx", "avx2 ", "scalar, avx2"})
+    EXPECT_EQ(parse_isa(name), std::nullopt) << name;
 #if defined(__x86_64__)
   EXPECT_EQ(parse_isa("avx2"), Isa::avx2);
   EXPECT_EQ(parse_isa("avx512"), Isa::avx512);
@@ -157,8 +163,10 @@ TEST_F(Forcing, RestrictsWhatRuns) {
     run(Operation::attention_forward, c.problem, serial);
     EXPECT_EQ(c.out.at(0, 0, 0, 0), c.value.at(0, 0, 0, 0));  // one key: its value
     for (const Kernel& kernel : kernel_table()) {
-      const bool ran = kernel.isa == isa && kernel.dtype == DType::f64 && kernel.operation == Operation::attention_forward;
-      EXPECT_EQ(launches(kernel) - before[static_cast<std::size_t>(&kernel - kernel_table().data())], ran ? 1u : 0u) << kernel.name;
+      const bool ran =
+          kernel.isa == isa && kernel.dtype == DType::f64 && kernel.operation == Operation::attention_forward;
+      EXPECT_EQ(launches(kernel) - before[static_cast<std::size_t>(&kernel - kernel_table().data())], ran ? 1u : 0u)
+          << kernel.name;
     }
   }
   unforce_isa();

@@ -1,8 +1,8 @@
 // Tensors that own their memory and know which of it a kernel may touch.
 //
-// Everything outside the addressed elements (guard zones at both ends, gaps between strides) holds a sentinel: a NaN with
-// a payload that arithmetic does not make. An input's sentinel turns reads out of bounds into NaN results; an output is
-// all sentinel before the call, so afterwards an element is sentinel exactly where nothing was to be written.
+// Everything outside the addressed elements (guard zones at both ends, gaps between strides) holds a sentinel: a NaN
+// with a payload that arithmetic does not make. An input's sentinel turns reads out of bounds into NaN results; an
+// output is all sentinel before the call, so afterwards an element is sentinel exactly where nothing was to be written.
 #pragma once
 
 #include <cmath>
@@ -44,8 +44,8 @@ bool same_bits(const T& a, const T& b) {
 }
 
 struct Layout {
-  bool heads_inside_rows = false;          // (batch, row, head, feature) in memory
-  int feature_step = 1, gap = 0, skip = 0;  // elements: between features, after each innermost vector, at the start
+  bool heads_inside_rows = false;             // (batch, row, head, feature) in memory
+  int feature_step = 1, gap = 0, skip = 0;    // elements: between features, after each innermost vector, at the start
   bool same_batch = false, same_all = false;  // strides of 0: of the batch; of every dimension
 };
 
@@ -68,7 +68,9 @@ class Tensor {
   std::int64_t size(int d) const { return size_[d]; }
   std::int64_t count() const { return size_[0] * size_[1] * size_[2] * size_[3]; }
   T& at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) { return memory_[index(b, h, i, d)]; }
-  const T& at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) const { return memory_[index(b, h, i, d)]; }
+  const T& at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) const {
+    return memory_[index(b, h, i, d)];
+  }
 
   // body(element, b, h, i, d) for every element, in the order of the dimensions.
   template <class Body>
@@ -95,7 +97,8 @@ class Tensor {
     std::string faults;
     for (std::size_t i = 0; i < memory_.size() && faults.size() < 300; ++i)
       if (inside[i] == same_bits(memory_[i], sentinel<T>()))
-        faults += (inside[i] ? " not written: " : " written out of bounds: ") + std::to_string(static_cast<std::int64_t>(i) - start_);
+        faults += (inside[i] ? " not written: " : " written out of bounds: ") +
+                  std::to_string(static_cast<std::int64_t>(i) - start_);
     return faults;
   }
 
@@ -127,7 +130,9 @@ class Random {
   std::uint64_t bits() { return engine_(); }
   double unit() { return static_cast<double>(engine_() >> 11) * 0x1p-53; }  // [0, 1)
   double between(double low, double high) { return low + (high - low) * unit(); }
-  int integer(int low, int high) { return low + static_cast<int>(engine_() % static_cast<std::uint64_t>(high - low + 1)); }
+  int integer(int low, int high) {
+    return low + static_cast<int>(engine_() % static_cast<std::uint64_t>(high - low + 1));
+  }
   bool chance(double p) { return unit() < p; }
   template <class T, std::size_t n>
   T pick(const T (&choices)[n]) {
