@@ -35,7 +35,8 @@ def attention_forward(
     window_left: int = -1,
     window_right: int = -1,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]: ...
+    save_for_backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -44,6 +45,7 @@ def attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     attn_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     rng_state: Tensor | None = None,
@@ -64,8 +66,8 @@ def mmca_attention_forward(
     merge: str = "sum",
     scale: float | None = None,
     dropout_p: float = 0.0,
-    save_group_out: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    save_for_backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def mmca_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -74,6 +76,7 @@ def mmca_attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     group_out: Tensor,
     modality: Tensor,
     image_id: Tensor | None = None,

@@ -53,11 +53,13 @@ const char* to_string(Isa isa) {
 }
 
 const std::vector<Kernel>& kernel_table() {
-#define MMCA_TABLE_ROW(operation, dtype, isa) \
-  {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, &cpu::isa::operation##_##dtype},
-#define MMCA_SCALAR_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, scalar)
-#define MMCA_AVX2_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, avx2)
-#define MMCA_AVX512_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, avx512)
+#define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                        \
+  {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \
+   &cpu::isa::operation##_##dtype},
+#define MMCA_SCALAR_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, scalar, 0)
+#define MMCA_AVX2_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
+// Two AVX2 registers of keys fill half a tile of AVX-512.
+#define MMCA_AVX512_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, avx512, 64 / sizeof(T) + 1)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
       MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
@@ -82,19 +84,21 @@ std::string isa_names() {
 
 std::uint64_t launches(const Kernel& kernel) { return launch_counts()[&kernel - kernel_table().data()].load(); }
 
-std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& features, std::optional<Isa> forced) {
+std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& features, std::optional<Isa> forced,
+                    std::int64_t k_len) {
   const auto missing = missing_features(kernel.isa, features);
   if (!missing.empty()) return "this processor lacks " + join(missing);
   if (forced && *forced != kernel.isa) return std::string(to_string(*forced)) + " is forced";
+  if (!forced && k_len < kernel.fewest_keys) return "fewer than " + std::to_string(kernel.fewest_keys) + " keys";
   return "";
 }
 
 const Kernel& select_kernel(Operation operation, DType dtype, const std::vector<CpuFeature>& features,
-                            std::optional<Isa> forced) {
+                            std::optional<Isa> forced, std::int64_t k_len) {
   std::string reasons;
   for (const Kernel& kernel : kernel_table()) {
     if (kernel.operation != operation || kernel.dtype != dtype) continue;
-    const std::string reason = refusal(kernel, features, forced);
+    const std::string reason = refusal(kernel, features, forced, k_len);
     if (reason.empty()) return kernel;
     reasons += std::string("; ") + kernel.name + ": " + reason;
   }
@@ -120,7 +124,7 @@ std::optional<Isa> forced_isa() {
 void run(Operation operation, const Problem& problem, Executor& executor) {
   if (problem.is_mmca && problem.merge != Merge::sum && problem.merge != Merge::lse)
     throw std::invalid_argument("mmca_ext: the merges gate and none are not built");
-  const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa());
+  const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa(), problem.k_len);
   launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
   kernel.run(problem, make_plan(problem), executor);
 }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ struct Kernel {
   Operation operation;
   DType dtype;
   Isa isa;
+  std::int64_t fewest_keys;  // with fewer, its tiles are mostly empty and a narrower instruction set is quicker
   void (*run)(const Problem&, const Plan&, Executor&);
 };
 
@@ -36,12 +38,16 @@ const std::vector<Kernel>& kernel_table();
 // How often a kernel of the table has been run by this process.
 std::uint64_t launches(const Kernel& kernel);
 
-// Why a kernel does not run on a processor with these features under this choice of instruction set; empty: it does.
-std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& features, std::optional<Isa> forced);
+inline constexpr std::int64_t many_keys = std::numeric_limits<std::int64_t>::max();
+
+// Why a kernel does not serve a processor with these features, under this choice of instruction set, for this length of
+// keys; empty: it does.
+std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& features, std::optional<Isa> forced,
+                    std::int64_t k_len = many_keys);
 
 // The first kernel of the table that serves the case and does not refuse; throws std::runtime_error with every reason.
 const Kernel& select_kernel(Operation operation, DType dtype, const std::vector<CpuFeature>& features,
-                            std::optional<Isa> forced);
+                            std::optional<Isa> forced, std::int64_t k_len = many_keys);
 
 // Restricts selection to one instruction set, for tests and measurements, until unforce_isa(). The environment variable
 // MMCA_EXT_ISA gives the initial choice. Throws std::invalid_argument where this processor or binary lacks it.

@@ -121,12 +121,15 @@ class Backward {
       T* sum = buffer_;
       for (std::int64_t entry = 0; entry < entries_; ++entry) {
         const Row row = rows_.at(entry);
-        std::fill_n(sum, padded_head_dim_, T(0));
+        bool first = true;
         for (std::int64_t slot = head.first_slot; slot < head.first_slot + head.slots; ++slot) {
           if (!*parent_.touched(slot, entry)) continue;
           const T* partial = parent_.partial(slot, entry, padded_head_dim_);
-          for (int d = 0; d < padded_head_dim_; ++d) sum[d] += partial[d];
+          if (first) std::copy_n(partial, padded_head_dim_, sum);
+          else for (int d = 0; d < padded_head_dim_; ++d) sum[d] += partial[d];
+          first = false;
         }
+        if (first) std::fill_n(sum, padded_head_dim_, T(0));
         if (rows_.plan.attends_to_itself(row.row)) {
           const T gradient = own_gradient(row).score;
           const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
@@ -150,7 +153,7 @@ class Backward {
       const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
       const std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(range_keys_) * width;
       const T* source[width];
-      typename S::Reg finite = S::zero();
+      typename S::Reg finite = S::zero(), values_finite = S::zero();
       for (int c = 0; c < round_up(keys, width); c += width) {
         const int n = std::min(width, keys - c);
         for (int i = 0; i < n; ++i) source[i] = key.row(keys_.position(first + c + i), buffer_ + i * padded_head_dim_);
@@ -161,10 +164,14 @@ class Backward {
         for (int i = n; i < width; ++i) pack_zero_row<T>(padded_head_dim_, key_rows_ + (c + i) * width, panel);
         for (int i = 0; i < n; ++i)
           source[i] = value.row(keys_.position(first + c + i), buffer_ + i * padded_value_dim_);
+        for (int i = 0; i < n; ++i)
+          for (int d = 0; d < padded_value_dim_; d += S::width)
+            values_finite = S::fma(S::loadu(source[i] + d), S::zero(), values_finite);
         pack_columns<T, width>(source, n, value_dim_, T(1),
                                value_columns_ + static_cast<std::ptrdiff_t>(c) * padded_value_dim_);
       }
       keys_finite_ = is_finite(S::reduce_add(finite));
+      values_finite_ = is_finite(S::reduce_add(values_finite));
       if (!keys_finite_) zero_non_finite(key_rows_, panel * (padded_head_dim_ / width));
     }
 
@@ -178,7 +185,7 @@ class Backward {
         for (int i = 0; i < n; ++i) {
           const Row row = rows_.at(entry + r0 + i);
           query[i] = query_reader(row).row(row.row, buffer_ + i * padded_head_dim_);
-          const RowGradient g = row_gradient(row, item_.group, grad_buffer_ + i * padded_value_dim_);
+          const RowGradient g = row_gradient(row, item_.group, !is_whole(entry + r0 + i), grad_buffer_ + i * padded_value_dim_);
           grad[i] = g.grad;
           lse2_[r0 + i] = g.lse2.high == -infinity<T> ? SplitLse<T>(infinity<T>, T(0)) : g.lse2;
           offset_[r0 + i] = g.offset;
@@ -208,7 +215,7 @@ class Backward {
       T offset, lse_gradient;
     };
 
-    RowGradient row_gradient(Row row, int group, T* buffer) const {
+    RowGradient row_gradient(Row row, int group, bool with_offset, T* buffer) const {
       SplitLse<T> lse2[max_groups];
       double exact[max_groups];
       T weight[max_groups] = {T(1), T(1)};
@@ -220,8 +227,9 @@ class Backward {
       if (problem_.groups() == 2) merge_weights(problem_.merge, exact, weight);
       const T* grad = grad_reader(row).row(row.row, buffer);
 
-      T product;  // w rowsum(dO out), or rowsum(dO O_r)
-      if (problem_.joint()) {
+      T product = T(0);  // w rowsum(dO out), or rowsum(dO O_r)
+      if (!with_offset) {
+      } else if (problem_.joint()) {
         const Output& out = problem_.out;
         const Input as_input{out.data, out.batch, out.head, out.row, out.feature};
         const RowReader<T, Storage> reader(as_input, rows_.batch, row.head, value_dim_, padded_value_dim_);
@@ -251,8 +259,8 @@ class Backward {
         from[s] = std::clamp((range.any.begin - first - c) / width * width, 0, n);
         to[s] = std::max(from[s], round_up(std::clamp(range.any.end - first - c, 0, n), width));
         for (int k = from[s]; k < to[s]; k += width) score(entry, s, count, range.all, first + c + k, c + k, k);
-        for (int r = s * strip_rows; r < (s + 1) * strip_rows; ++r) {
-          differentiate(entry + r, r, r < rows, first + c, from[s], to[s]);
+        for (int r = s * strip_rows; r < s * strip_rows + count; ++r) {
+          differentiate(entry + r, r, first + c, from[s], to[s]);
           for (T* row : {weights_ + r * stride, score_grads_ + r * stride}) {
             std::fill_n(row, from[s], T(0));
             if (to[s] < padded_keys) std::fill_n(row + to[s], padded_keys - to[s], T(0));
@@ -265,11 +273,11 @@ class Backward {
         for (int s = 0; s < strips; ++s)
           if (from[s] < to[s])
             row_tile<T, strip_rows, stride>(
-                to[s] - from[s], score_grads_ + s * strip_rows * stride + from[s],
+                std::min(to[s], n) - from[s], score_grads_ + s * strip_rows * stride + from[s],
                 key_rows_ + d / width * key_panel + static_cast<std::ptrdiff_t>(c + from[s]) * width,
                 grad_query + static_cast<std::ptrdiff_t>(s) * strip_rows * padded_head_dim_ + d, padded_head_dim_);
-      add_transposed(weights_, grad_rows_, padded_value_dim_, grad_value_, c, padded_keys, strips, from, to);
-      add_transposed(score_grads_, query_rows_, padded_head_dim_, grad_key_, c, padded_keys, strips, from, to);
+      add_transposed(weights_, grad_rows_, padded_value_dim_, grad_value_, c, padded_keys, rows, from, to);
+      add_transposed(score_grads_, query_rows_, padded_head_dim_, grad_key_, c, padded_keys, rows, from, to);
       if (!keys_finite_ || !queries_finite_ || !grads_finite_)
         add_hidden_non_finite(entry, rows, first, c, n, grad_query);
     }
@@ -294,17 +302,18 @@ class Backward {
                                         value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_,
                                         grads);
       if (tile == Visibility::all) return;
-      // Padding rows must not meet a hidden NaN either.
-      visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, scores, stride,
-                                       -infinity<T>);
-      visibility_.template hide<width>(entry + s * strip_rows, count, strip_rows, key, visible_, grads, stride, T(0));
+      // Weights of zero take care of finite gradients; padding rows must not meet a hidden NaN either.
+      const std::int64_t first_entry = entry + s * strip_rows;
+      visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, scores, stride, -infinity<T>);
+      if (!values_finite_ || !grads_finite_)
+        visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, grads, stride, T(0));
     }
 
     // Row r of the block: scores become P Z, and dO' V^T becomes dS.
-    void differentiate(std::int64_t entry, int r, bool real, std::int32_t first, int from, int to) {
+    void differentiate(std::int64_t entry, int r, std::int32_t first, int from, int to) {
       if (from >= to) return;
       T *weights = weights_ + r * stride, *grads = score_grads_ + r * stride;
-      const bool dropout = problem_.dropout.threshold && real;
+      const bool dropout = problem_.dropout.threshold != 0;
       if (dropout) {
         const Row row = rows_.at(entry);
         dropout_factors<T>(problem_.dropout, keys_, first + from, to - from,
@@ -312,12 +321,16 @@ class Backward {
                            static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
         for (int k = from; k < to; ++k) grads[k] *= dropout_[k - from];
       }
-      if (is_whole(entry))
-        whole_score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse_gradient_[r]);
-      else score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse2_[r], offset_[r]);
+      bool finite;
+      if (is_whole(entry)) {
+        finite = whole_score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse_gradient_[r]);
+      } else {
+        finite = is_finite(offset_[r]) && lse2_[r].high == lse2_[r].high;
+        score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse2_[r], offset_[r]);
+      }
       if (dropout)
         for (int k = from; k < to; ++k) weights[k] *= dropout_[k - from];
-      if (real && (!is_finite(offset_[r]) || lse2_[r].high != lse2_[r].high))  // 0 * NaN: hide again
+      if (!finite)  // 0 * NaN: hide again
         for (int k = from; k < to; ++k)
           if (!visibility_.sees(entry, first + k)) weights[k] = grads[k] = T(0);
     }
@@ -325,7 +338,7 @@ class Backward {
     // Does one block of keys hold everything that the entry's softmax sums over?
     bool is_whole(std::int64_t entry) const {
       if (keys_.size > key_block) return false;
-      if (problem_.groups() == 1 || !problem_.joint() || entry >= entries_) return true;
+      if (problem_.groups() == 1 || !problem_.joint()) return true;
       return rows_.range(1 - item_.group, entry).size() == 0 && !rows_.plan.attends_to_itself(rows_.at(entry).row);
     }
 
@@ -340,18 +353,19 @@ class Backward {
     }
 
     // gradient[key] += columns of `weights` times packed rows, over the strips that look at the keys.
-    void add_transposed(const T* weights, const T* packed_rows, int dim, T* gradient, int c, int padded_keys,
-                        int strips, const int* from, const int* to) {
-      int begin[key_block / strip_rows], end[key_block / strip_rows];
+    void add_transposed(const T* weights, const T* packed_rows, int dim, T* gradient, int c, int padded_keys, int rows,
+                        const int* from, const int* to) {
+      int begin[key_block / strip_rows], end[key_block / strip_rows];  // rows
       for (int k = 0; k < padded_keys; k += strip_rows) {
-        int& b = begin[k / strip_rows] = strips;
+        int& b = begin[k / strip_rows] = rows;
         int& e = end[k / strip_rows] = 0;
-        for (int s = 0; s < strips; ++s)
-          if (from[s] < k + strip_rows && to[s] > k) b = std::min(b, s), e = s + 1;
+        for (int s = 0; s * strip_rows < rows; ++s)
+          if (from[s] < k + strip_rows && to[s] > k)
+            b = std::min(b, s * strip_rows), e = std::min((s + 1) * strip_rows, rows);
       }
       for (int d = 0; d < dim; d += width)
         for (int k = 0; k < padded_keys; k += strip_rows) {
-          const int b = begin[k / strip_rows] * strip_rows, e = end[k / strip_rows] * strip_rows;
+          const int b = begin[k / strip_rows], e = end[k / strip_rows];
           if (b < e)
             transposed_tile<T, stride>(e - b, weights + static_cast<std::ptrdiff_t>(b) * stride + k,
                                        packed_rows + (static_cast<std::ptrdiff_t>(d / width) * row_block + b) * width,
@@ -366,7 +380,7 @@ class Backward {
       for (int r = 0; r < rows; ++r) {
         const Row row = rows_.at(entry + r);
         const T* query = query_reader(row).row(row.row, buffer_);
-        const T* grad = row_gradient(row, item_.group, grad_buffer_).grad;
+        const T* grad = row_gradient(row, item_.group, false, grad_buffer_).grad;
         T* key_buffer = buffer_ + padded_head_dim_;
         for (int k = 0; k < n; ++k) {
           if (!visibility_.sees(entry + r, first + c + k)) continue;
@@ -387,7 +401,7 @@ class Backward {
 
     // A row that is its own image group: O_1 = v, lse_1 = s.
     OwnGradient own_gradient(Row row) {
-      const RowGradient g = row_gradient(row, 1, grad_buffer_);
+      const RowGradient g = row_gradient(row, 1, true, grad_buffer_);
       const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
       const T* v = value.row(rows_.position(row.row), grad_buffer_ + padded_value_dim_);
       return {g.grad, dot(g.grad, v, padded_value_dim_) - g.offset};
@@ -441,7 +455,7 @@ class Backward {
     const int head_dim_, value_dim_, padded_head_dim_, padded_value_dim_, strip_size_, value_strip_size_, range_keys_;
     const std::int64_t entries_;
     const Backward& parent_;
-    bool keys_finite_ = true, queries_finite_ = true, grads_finite_ = true;
+    bool keys_finite_ = true, values_finite_ = true, queries_finite_ = true, grads_finite_ = true;
     T *key_columns_, *value_columns_, *key_rows_, *grad_key_, *grad_value_;
     T *query_strips_, *grad_strips_, *query_rows_, *grad_rows_, *weights_, *score_grads_, *offset_, *lse_gradient_,
         *dropout_;

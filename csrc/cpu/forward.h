@@ -168,7 +168,7 @@ class Forward {
         for (int s = 0; s < strips; ++s)
           if (live[s])
             weigh_values(output(group, block + s * strip_rows) + d, s, std::min(strip_rows, rows - s * strip_rows),
-                         values_ + static_cast<std::ptrdiff_t>(d) * key_block, live[s]);
+                         values_ + static_cast<std::ptrdiff_t>(d) * key_block, keys, live[s]);
       if (!values_finite_) add_hidden_non_finite(group, block, rows, first, keys, live);
     }
 
@@ -248,7 +248,7 @@ class Forward {
     }
 
     // O = f O + P V over the runs of live panels.
-    void weigh_values(T* out, int strip, int rows, const T* values, std::uint64_t live) {
+    void weigh_values(T* out, int strip, int rows, const T* values, int keys, std::uint64_t live) {
       const T* weights = scores_ + strip * strip_rows * stride;
       const T* factor = factor_ + strip * strip_rows;
       bool rescale = true;
@@ -256,10 +256,11 @@ class Forward {
         const int from = __builtin_ctzll(live);
         const std::uint64_t after = ~(live >> from);
         const int run = after ? __builtin_ctzll(after) : 64 - from;
+        const int depth = std::min((from + run) * width, keys) - from * width;
         const T *p = weights + from * width, *v = values + static_cast<std::ptrdiff_t>(from) * width * width;
         with_tile_height<T>(rows, [&](auto height) {
-          if (rescale) rescaled_row_tile<T, height.value, stride>(run * width, p, v, out, padded_value_dim_, factor);
-          else row_tile<T, height.value, stride>(run * width, p, v, out, padded_value_dim_);
+          if (rescale) rescaled_row_tile<T, height.value, stride>(depth, p, v, out, padded_value_dim_, factor);
+          else row_tile<T, height.value, stride>(depth, p, v, out, padded_value_dim_);
         });
         rescale = false;
         live = from + run >= 64 ? 0 : live >> (from + run) << (from + run);

@@ -100,9 +100,9 @@ MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, const 
 }
 
 // The same for a row whose keys are all here: a softmax from its own maximum and sum, and offset = rowsum(P dP) - dlse.
-// That is as exact as a materialised softmax where few keys share the weight; one key gives a dS of exactly 0.
+// That is as exact as a materialised softmax where few keys share the weight; one key gives a dS of exactly 0. False if a NaN or an infinity took part.
 template <class T>
-MMCA_NOINLINE void whole_score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
+MMCA_NOINLINE bool whole_score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
                                             T lse_gradient) {
   using S = Simd<T>;
   typename S::Reg best = S::broadcast(-infinity<T>);
@@ -125,13 +125,14 @@ MMCA_NOINLINE void whole_score_gradient_row(T* scores, T* gradients, int count, 
   }
   const T total = S::reduce_add(sum);
   const T divisor = total == T(0) ? T(1) : total;
-  const typename S::Reg d = S::broadcast(divisor),
-                        offset = S::broadcast(S::reduce_add(product) / divisor - lse_gradient);
+  const T offset = S::reduce_add(product) / divisor - lse_gradient;
+  const typename S::Reg d = S::broadcast(divisor), o = S::broadcast(offset);
   for (int c = 0; c < count; c += S::width) {
     const typename S::Reg p = S::div(S::load(scores + c), d);
     S::store(scores + c, p);
-    S::store(gradients + c, S::mul(p, S::sub(S::load(gradients + c), offset)));
+    S::store(gradients + c, S::mul(p, S::sub(S::load(gradients + c), o)));
   }
+  return is_finite(total) && is_finite(offset);
 }
 
 template <class T>
