@@ -53,7 +53,7 @@ const char* to_string(Isa isa) {
 }
 
 const std::vector<Kernel>& kernel_table() {
-#define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                        \
+#define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                           \
   {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \
    &cpu::isa::operation##_##dtype},
 #define MMCA_SCALAR_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, scalar, 0)

@@ -126,7 +126,8 @@ class Backward {
           if (!*parent_.touched(slot, entry)) continue;
           const T* partial = parent_.partial(slot, entry, padded_head_dim_);
           if (first) std::copy_n(partial, padded_head_dim_, sum);
-          else for (int d = 0; d < padded_head_dim_; ++d) sum[d] += partial[d];
+          else
+            for (int d = 0; d < padded_head_dim_; ++d) sum[d] += partial[d];
           first = false;
         }
         if (first) std::fill_n(sum, padded_head_dim_, T(0));
@@ -185,7 +186,8 @@ class Backward {
         for (int i = 0; i < n; ++i) {
           const Row row = rows_.at(entry + r0 + i);
           query[i] = query_reader(row).row(row.row, buffer_ + i * padded_head_dim_);
-          const RowGradient g = row_gradient(row, item_.group, !is_whole(entry + r0 + i), grad_buffer_ + i * padded_value_dim_);
+          const RowGradient g =
+              row_gradient(row, item_.group, !is_whole(entry + r0 + i), grad_buffer_ + i * padded_value_dim_);
           grad[i] = g.grad;
           lse2_[r0 + i] = g.lse2.high == -infinity<T> ? SplitLse<T>(infinity<T>, T(0)) : g.lse2;
           offset_[r0 + i] = g.offset;

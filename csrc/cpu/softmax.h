@@ -100,7 +100,8 @@ MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, const 
 }
 
 // The same for a row whose keys are all here: a softmax from its own maximum and sum, and offset = rowsum(P dP) - dlse.
-// That is as exact as a materialised softmax where few keys share the weight; one key gives a dS of exactly 0. False if a NaN or an infinity took part.
+// That is as exact as a materialised softmax where few keys share the weight; one key gives a dS of exactly 0. False if
+// a NaN or an infinity took part.
 template <class T>
 MMCA_NOINLINE bool whole_score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
                                             T lse_gradient) {

@@ -20,22 +20,27 @@ py::dict cpu_feature_dict() {
   return features;
 }
 
+// Why a kernel is, or is not, the one that serves its case on this processor.
+std::string reason(const Kernel& kernel, const Kernel& chosen, const Kernel& chosen_for_few_keys) {
+  const std::string refused = refusal(kernel, cpu_features(), forced_isa());
+  if (!refused.empty()) return refused;
+  const std::string limit = std::to_string(chosen.fewest_keys) + " keys";
+  const bool split = &chosen != &chosen_for_few_keys;
+  if (&kernel == &chosen) return "the best this processor runs" + (split ? ", from " + limit : "");
+  if (split && &kernel == &chosen_for_few_keys) return "serves fewer than " + limit;
+  return std::string(chosen.name) + " is preferred";
+}
+
 py::list kernels() {
   py::list list;
   for (const Kernel& kernel : kernel_table()) {
-    const std::string refused = refusal(kernel, cpu_features(), forced_isa());
-    const Kernel* selected = nullptr;
-    try {
-      selected = &select_kernel(kernel.operation, kernel.dtype, cpu_features(), forced_isa());
-    } catch (const std::runtime_error&) {  // every kernel of this case refuses, each with a reason of its own
-    }
-    const bool is_selected = selected == &kernel;
+    const Kernel& chosen = select_kernel(kernel.operation, kernel.dtype, cpu_features(), forced_isa());
+    const Kernel& few = select_kernel(kernel.operation, kernel.dtype, cpu_features(), forced_isa(), /*k_len=*/0);
     list.append(py::dict("name"_a = kernel.name, "op"_a = to_string(kernel.operation),
                          "dtype"_a = to_string(kernel.dtype), "device"_a = "cpu", "isa"_a = to_string(kernel.isa),
-                         "available"_a = refused.empty(), "selected"_a = is_selected, "launches"_a = launches(kernel),
-                         "reason"_a = !refused.empty() ? refused
-                                      : is_selected    ? "the best this processor runs"
-                                                       : std::string(selected->name) + " is preferred"));
+                         "available"_a = refusal(kernel, cpu_features(), forced_isa()).empty(),
+                         "selected"_a = &kernel == &chosen, "launches"_a = launches(kernel),
+                         "reason"_a = reason(kernel, chosen, few)));
   }
   return list;
 }
