@@ -154,7 +154,7 @@ class Backward {
       const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
       const std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(range_keys_) * width;
       const T* source[width];
-      typename S::Reg finite = S::zero(), values_finite = S::zero();
+      typename S::Reg finite = S::zero();
       for (int c = 0; c < round_up(keys, width); c += width) {
         const int n = std::min(width, keys - c);
         for (int i = 0; i < n; ++i) source[i] = key.row(keys_.position(first + c + i), buffer_ + i * padded_head_dim_);
@@ -165,14 +165,10 @@ class Backward {
         for (int i = n; i < width; ++i) pack_zero_row<T>(padded_head_dim_, key_rows_ + (c + i) * width, panel);
         for (int i = 0; i < n; ++i)
           source[i] = value.row(keys_.position(first + c + i), buffer_ + i * padded_value_dim_);
-        for (int i = 0; i < n; ++i)
-          for (int d = 0; d < padded_value_dim_; d += S::width)
-            values_finite = S::fma(S::loadu(source[i] + d), S::zero(), values_finite);
         pack_columns<T, width>(source, n, value_dim_, T(1),
                                value_columns_ + static_cast<std::ptrdiff_t>(c) * padded_value_dim_);
       }
       keys_finite_ = is_finite(S::reduce_add(finite));
-      values_finite_ = is_finite(S::reduce_add(values_finite));
       if (!keys_finite_) zero_non_finite(key_rows_, panel * (padded_head_dim_ / width));
     }
 
@@ -304,11 +300,10 @@ class Backward {
                                         value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_,
                                         grads);
       if (tile == Visibility::all) return;
-      // Weights of zero take care of finite gradients; padding rows must not meet a hidden NaN either.
+      // A hidden product may have overflowed, and padding rows must not meet a hidden NaN either.
       const std::int64_t first_entry = entry + s * strip_rows;
       visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, scores, stride, -infinity<T>);
-      if (!values_finite_ || !grads_finite_)
-        visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, grads, stride, T(0));
+      visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, grads, stride, T(0));
     }
 
     // Row r of the block: scores become P Z, and dO' V^T becomes dS.
@@ -457,7 +452,7 @@ class Backward {
     const int head_dim_, value_dim_, padded_head_dim_, padded_value_dim_, strip_size_, value_strip_size_, range_keys_;
     const std::int64_t entries_;
     const Backward& parent_;
-    bool keys_finite_ = true, values_finite_ = true, queries_finite_ = true, grads_finite_ = true;
+    bool keys_finite_ = true, queries_finite_ = true, grads_finite_ = true;
     T *key_columns_, *value_columns_, *key_rows_, *grad_key_, *grad_value_;
     T *query_strips_, *grad_strips_, *query_rows_, *grad_rows_, *weights_, *score_grads_, *offset_, *lse_gradient_,
         *dropout_;
