@@ -70,7 +70,24 @@ def test_refusals_are_explained(force):
         elif kernel["selected"]:
             assert "best" in kernel["reason"]
         else:
-            assert re.fullmatch(r"cpu\.\w+\.attention_\w+\.f\d+ is preferred", kernel["reason"])
+            assert re.fullmatch(
+                r"cpu\.\w+\.attention_\w+\.f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_keys_have_the_kernel_that_says_so(force, dtype):
+    force(None)
+    kernels = [k for k in _C.kernels() if (k["op"], k["dtype"]) == ("attention_forward", dtype) and k["available"]]
+    best = next(k for k in kernels if k["selected"])
+    limit = re.search(r"from (\d+) keys", best["reason"])
+    if not limit:
+        pytest.skip("one kernel serves every number of keys here")
+    (other,) = [k for k in kernels if k["reason"] == f"serves fewer than {limit[1]} keys"]
+    for keys, kernel in ((int(limit[1]) - 1, other), (int(limit[1]), best)):
+        before = launches()
+        functional.attention(*[torch.ones(1, 1, keys, 4, dtype=DTYPES[dtype]) for _ in range(3)])
+        assert {name for name, count in launches().items() if count > before[name]} == {kernel["name"]}
 
 
 @pytest.mark.parametrize("name", ["", "AVX2", "sse9", "avx512 ", "cpu.avx2"])
@@ -96,7 +113,7 @@ def in_a_new_process(isa, code):
 COMPUTE = """
 import torch
 from mmca_ext import _C, functional
-functional.attention(*[torch.ones(1, 1, 3, 4) for _ in range(3)])
+functional.attention(*[torch.ones(1, 1, 30, 4) for _ in range(3)])
 print(_C.forced_isa(), [k["name"] for k in _C.kernels() if k["launches"]])
 """
 
