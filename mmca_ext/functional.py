@@ -88,9 +88,9 @@ def attention(
     """
     if softcap or cu_seqlens_q is not None or cu_seqlens_k is not None or max_seqlen_q or max_seqlen_k:
         _refuse_attention(softcap, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if attn_mask is not None and attn_mask.is_floating_point():
-        raise _not_built("attention", "a float attn_mask (additive bias)")
-    if query.dtype not in _BUILT_DTYPES:
+    if attn_mask is not None:
+        _check_attn_mask(attn_mask)
+    if getattr(query, "dtype", None) not in _BUILT_DTYPES:
         _refuse_dtype("attention", query)
     left, right = (-1, -1) if window is None else parse_window(window)
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
@@ -148,8 +148,8 @@ def mmca_attention(
         return_lse: also return the log-sum-exp of each group.
 
     Returns:
-        out (B, Hq, Lq, Dv) in query's dtype, laid out in memory as query is; with return_lse (out, lse), lse
-        (2, B, Hq, Lq) of text and image in float32 (float64 for float64), -inf for an empty group, differentiable.
+        out (B, Hq, Lq, Dv) in query's dtype (float32 under autocast), laid out in memory as query is; with return_lse
+        (out, lse), lse (2, B, Hq, Lq) of text and image in float32 (float64 for float64), -inf for an empty group, differentiable.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
@@ -159,7 +159,7 @@ def mmca_attention(
         raise ValueError(f"image_rows must be one of {IMAGE_ROWS}, got {image_rows!r}")
     if merge not in _BUILT_MERGES or gate is not None or softcap or cu_seqlens is not None or max_seqlen:
         _refuse_mmca(merge, gate, softcap, cu_seqlens, max_seqlen)
-    if query.dtype not in _BUILT_DTYPES:
+    if getattr(query, "dtype", None) not in _BUILT_DTYPES:
         _refuse_dtype("mmca_attention", query)
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
     out, lse, _, _ = _mmca_attention(
@@ -208,6 +208,13 @@ def _not_built(function, argument):
     )
 
 
+def _check_attn_mask(attn_mask):
+    if not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
+    if attn_mask.is_floating_point():
+        raise _not_built("attention", "a float attn_mask (additive bias)")
+
+
 def _refuse_attention(softcap, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     if softcap:
         raise _not_built("attention", "softcap")
@@ -232,5 +239,9 @@ def _refuse_mmca(merge, gate, softcap, cu_seqlens, max_seqlen):
 
 def _refuse_dtype(function, query):
     """Half precision without autocast; everything else is for the operator's own checks to judge."""
-    if query.dtype in _UNBUILT_DTYPES and not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, torch.Tensor):
+        raise TypeError(f"query must be a tensor, got {type(query).__name__}")
+    device = query.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if query.dtype in _UNBUILT_DTYPES and not autocast:
         raise _not_built(function, f"query of dtype {query.dtype}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mmca_ext
 from mmca_ext import functional
 
 ops = torch.ops.mmca_ext
@@ -122,6 +123,8 @@ ATTENTION = [
     (ValueError, r"scale must be finite, got nan", {"scale": NAN}),
     (ValueError, r"scale must be finite, got -?inf", {"scale": -INF}),
     (ValueError, r"scale must be finite.*1e\+?300", {"scale": 1e300}),  # infinite in float32
+    (ValueError, r"scale must be 0 or at least 1e-30 in size, got 1e-34", {"scale": 1e-34}),
+    (TypeError, r"attn_mask must be a tensor, got list", {"attn_mask": [[True]]}),
     (ValueError, r"window must .*, got 3", {"window": 3}),
     (ValueError, r"window must .*, got \(1,\)", {"window": (1,)}),
     (ValueError, r"window must .*, got \(-2, 0\)", {"window": (-2, 0)}),
@@ -141,15 +144,15 @@ ATTENTION = [
 MMCA = [
     (ValueError, r"modality must have shape \(B, Lk\) = \(2, 5\), got \[5\]", {"modality": IDS[0]}),
     (ValueError, r"modality must have shape \(B, Lk\) = \(2, 5\), got \[2, 3\]", {"modality": IDS[:, :3]}),
-    (TypeError, r"modality must be an integer tensor, got Float", {"modality": IDS.float()}),
-    (TypeError, r"modality must be an integer tensor, got Bool", {"modality": IDS.bool()}),
+    (TypeError, r"modality must be an integer tensor .*, got Float", {"modality": IDS.float()}),
+    (TypeError, r"modality must be an integer tensor .*, got Bool", {"modality": IDS.bool()}),
     (ValueError, r"modality must be 0 \(padding\), 1 \(text\) or >= 2 \(image\), got -1", {"modality": IDS - 2}),
     (ValueError, r"modality must fit 32 bits, got 1099511627777", {"modality": IDS + 2**40}),
     (ValueError, r"modality must (fit 32 bits|be 0 .*), got -\d+", {"modality": IDS - 2**40}),
     ((TypeError, RuntimeError), r"modality", {"modality": None}),
     ((TypeError, RuntimeError), r"modality", {"modality": [[1] * 5] * 2}),
     (ValueError, r"image_id must have shape \(B, Lk\) = \(2, 5\), got \[2, 4\]", {"image_id": IDS[:, 1:]}),
-    (TypeError, r"image_id must be an integer tensor, got Double", {"image_id": IDS.double()}),
+    (TypeError, r"image_id must be an integer tensor .*, got Double", {"image_id": IDS.double()}),
     (ValueError, r"image_id must fit 32 bits, got -?\d+", {"image_id": IDS - 2**33}),
     (ValueError, r"image_rows must be .*, got 'rows'", {"image_rows": "rows"}),
     (ValueError, r"image_rows must be .*, got None", {"image_rows": None}),
@@ -185,6 +188,24 @@ def test_dtypes_without_kernels(dtype):
     for call, _ in CALLS.values():
         with pytest.raises(NotImplementedError, match=str(dtype)[6:11] + "|BFloat16|Half|Float8"):
             call(*tensors)
+
+
+def test_what_is_no_tensor():
+    with pytest.raises(TypeError, match="query must be a tensor, got list"):
+        functional.attention([1.0], K, V)
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        mmca_ext.MGQA(8, heads=2, dim_head=4)([1.0])
+
+
+def test_kernels_entry_points_want_the_cpu():
+    with pytest.raises(ValueError, match="tensors must be on the CPU, got meta"):
+        mmca_ext._C.attention_forward(Q.to("meta"), K.to("meta"), V.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_modality_of_unusual_integers(dtype):
+    with pytest.raises(TypeError, match="modality must be an integer tensor"):
+        functional.mmca_attention(Q, K, V, IDS.to(dtype))
 
 
 def test_more_queries_than_tokens():
@@ -254,6 +275,7 @@ def test_other_kinds_of_tensors_are_refused_or_right():
 
 WILD = r"""
 import itertools, math, random, sys, torch
+import mmca_ext
 from mmca_ext import functional
 ops, rand = torch.ops.mmca_ext, random.Random(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(int(sys.argv[1]))

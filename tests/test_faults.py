@@ -396,3 +396,36 @@ def test_modified_saved_tensors_are_noticed(which):
         victim[which].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("q_len", [1, 8, 9])
+def test_weights_of_the_backward_are_those_of_the_forward(q_len):
+    """With values and a gradient of one, dV of a row sums to its weights: to 1. Sums of 600 terms round by less than
+    600 eps, and by about sqrt(600) eps in practice; scores of hundreds would show a second way to compute them."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (30 * torch.randn(1, 1, n, 33, generator=generator) for n in (q_len, 600))
+    value = torch.ones(1, 1, 600, 1, requires_grad=True)
+    functional.attention(query, key, value).sum().backward()
+    assert abs(value.grad.double().sum().item() - q_len) <= 600**0.5 * torch.finfo(torch.float32).eps * q_len
+
+
+def test_a_row_alone_copies_its_value_whatever_its_score():
+    query = torch.full((1, 1, 1, 4), 1e20)  # the score overflows
+    value = torch.ones(1, 1, 1, 4, requires_grad=True)
+    for merge in ("sum", "lse"):
+        out = functional.mmca_attention(query, query, value, torch.tensor([[2]]), merge=merge)
+        assert torch.equal(out, torch.ones(1, 1, 1, 4))
+        assert torch.equal(torch.autograd.grad(out.sum(), value)[0], torch.ones(1, 1, 1, 4))
+
+
+def test_scores_at_the_end_of_float32():
+    """log2(e) times such a log-sum-exp is no float32 any more."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.full((1, 1, 16, 1), 1.6e19, requires_grad=True)
+    key = (1.6e19 * torch.rand(1, 1, 300, 1, generator=generator)).requires_grad_()
+    value = torch.randn(1, 1, 300, 4, generator=generator).requires_grad_()
+    hidden = torch.arange(300) % 3 == 0
+    out = functional.attention(query, key, value, ~hidden.expand(16, 300))
+    gradients = torch.autograd.grad(out.sum(), (query, key, value))
+    assert all(g.isfinite().all() for g in gradients)
+    assert all((g[:, :, hidden] == 0).all() for g in gradients[1:])

@@ -322,7 +322,7 @@ class Backward {
       if (is_whole(entry)) {
         finite = whole_score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse_gradient_[r]);
       } else {
-        finite = is_finite(offset_[r]) && lse2_[r].high == lse2_[r].high;
+        finite = is_finite(offset_[r]) && lse2_[r].high == lse2_[r].high && is_finite(lse2_[r].low);
         score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse2_[r], offset_[r]);
       }
       if (dropout)
@@ -398,7 +398,8 @@ class Backward {
 
     // A row that is its own image group: O_1 = v, lse_1 = s.
     OwnGradient own_gradient(Row row) {
-      const RowGradient g = row_gradient(row, 1, true, grad_buffer_);
+      const RowGradient g = row_gradient(row, 1, problem_.joint(), grad_buffer_);
+      if (!problem_.joint()) return {g.grad, g.lse_gradient};  // dP - rowsum(P dP) is 0
       const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
       const T* v = value.row(rows_.position(row.row), grad_buffer_ + padded_value_dim_);
       return {g.grad, dot(g.grad, v, padded_value_dim_) - g.offset};

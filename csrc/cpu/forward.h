@@ -9,9 +9,9 @@
 //     at the group's end:  O_r = O / l,  lse_r = (c m + log2 l) ln 2;  at the item's end: out = merge(O_r, lse_r)
 //
 // Layout in scratch: Q [strip][feature][tile_rows], K [panel][feature][lanes], V [panel][key][lanes],
-// S and P [row][key], O [group][row][feature]. Key blocks start at multiples of key_block of the list and a row's
-// arithmetic does not depend on its neighbours, so neither chunking nor threads change a bit of the result. Where a
-// head has few rows in all, keys and values are not packed (cpu/few_rows.h).
+// S and P [row][key], O [group][row][feature]. Key blocks start at multiples of key_block of the list and strips
+// at multiples of tile_rows of the rows, so neither chunking nor threads change a bit of the result. Where a head has
+// few rows in all, keys and values are not packed (cpu/few_rows.h).
 
 template <class T, class Storage>
 class Forward {
@@ -70,7 +70,9 @@ class Forward {
     }
 
     void run() {
-      direct_ = rows_.size() <= few_rows;  // by the shape: the same bits however rows are cut into items
+      // By the shape: the same bits however rows are cut into items. Not before a backward, which packs: its scores
+      // must be these to the last bit, or every weight would be off by their difference.
+      direct_ = rows_.size() <= few_rows && !problem_.lse_low.data;
       bool packed = false;
       for (int group = 0; group < problem_.groups(); ++group) {
         for (int r = 0; r < count_; ++r) maximum_[r] = -infinity<T>;

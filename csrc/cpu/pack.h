@@ -1,8 +1,9 @@
 // Operands are packed into the two shapes the tiles read; included inside the namespace of an instruction set.
 //
-//     strip or panel of columns  [feature][width]         `width` rows side by side, transposed     (Q strips, K
-//     panels) panels of rows             [feature / lanes][row][lanes]                                      (V, and K,
-//     Q, dO again)
+// clang-format off
+//     columns  [feature][width]                  `width` rows side by side, transposed     Q strips, K panels
+//     rows     [feature / lanes][row][lanes]     as they are, cut into panels              V, and K, Q, dO again
+// clang-format on
 //
 // Missing rows and features are zero. Storage types become the accumulation type here and nowhere else.
 

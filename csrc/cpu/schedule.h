@@ -1,5 +1,5 @@
 // How a call is cut into work items. Cuts never change a bit of the result: forward rows are independent of each other,
-// and backward cuts follow the shape alone.
+// and backward cuts follow the lists of visible keys alone.
 #pragma once
 
 #include <atomic>

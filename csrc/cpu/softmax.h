@@ -7,7 +7,10 @@ struct SplitLse {
   T high, low;
 
   SplitLse() = default;
-  SplitLse(T lse, T low_) : high(lse * static_cast<T>(log2_e)), low(low_) {}
+  SplitLse(T lse, T low_) : high(lse * static_cast<T>(log2_e)), low(low_) {
+    constexpr T largest = std::numeric_limits<T>::max();
+    if (is_finite(lse)) high = std::clamp(high, -largest, largest);
+  }
   double exact() const { return static_cast<double>(high) + low; }
 };
 
@@ -74,8 +77,8 @@ MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, const Exponen
   return S::add(even, odd);
 }
 
-// scores = P = exp2(scale * scores - lse2.high - lse2.low);  gradients = dS = P * (gradients - offset). P <= 1, also
-// where scores are so large that rounding them could say otherwise.
+// scores = P = exp2(c scores - lse2.high - lse2.low), c from ExponentScale;  gradients = dS = P * (gradients - offset).
+// P <= 1, also where scores are so large that rounding them could say otherwise.
 template <class T>
 MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
                                       SplitLse<T> lse2, T offset) {
@@ -151,11 +154,16 @@ MMCA_NOINLINE T dot(const T* a, const T* b, int count) {
 template <class T>
 MMCA_INLINE void merge_weights(Merge merge, const double* lse2, T* weight) {
   weight[0] = weight[1] = T(1);
-  if (merge == Merge::lse) {  // exp(lse_r - LSE)
-    const double best = std::max(lse2[0], lse2[1]), shift = best == -infinity<double> ? 0.0 : best;
-    const double e[2] = {std::exp2(lse2[0] - shift), std::exp2(lse2[1] - shift)}, total = e[0] + e[1];
-    for (int g = 0; g < 2; ++g) weight[g] = total == 0.0 ? T(0) : static_cast<T>(e[g] / total);
-  }
+  if (merge != Merge::lse) return;
+  for (int g = 0; g < 2; ++g)
+    if (lse2[1 - g] == -infinity<double>) {  // the only group, whatever its scores
+      weight[g] = lse2[g] == -infinity<double> ? T(0) : T(1);
+      weight[1 - g] = T(0);
+      return;
+    }
+  const double best = std::max(lse2[0], lse2[1]);
+  const double e[2] = {std::exp2(lse2[0] - best), std::exp2(lse2[1] - best)};
+  for (int g = 0; g < 2; ++g) weight[g] = static_cast<T>(e[g] / (e[0] + e[1]));  // exp(lse_r - LSE)
 }
 
 // A weight of zero hides even a NaN.

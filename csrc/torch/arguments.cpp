@@ -21,7 +21,7 @@ Input input(const at::Tensor& t) { return strided<Input>(t, t.const_data_ptr());
 Output output(const at::Tensor& t) { return strided<Output>(t, t.mutable_data_ptr()); }
 
 template <class Pointer>
-RowStatistic<Pointer> statistic(const at::Tensor& t, Pointer data) {  // (B, H, L) or (2, B, H, L), contiguous
+RowStatistic<Pointer> statistic(const at::Tensor& t, Pointer data) {  // (B, H, L) or (2, B, H, L)
   const bool grouped = t.dim() == 4;
   return {data, grouped ? t.stride(0) : 0, t.stride(grouped), t.stride(grouped + 1), t.stride(grouped + 2)};
 }
@@ -40,8 +40,10 @@ at::Tensor empty_ordered_like(const at::Tensor& like) {
 // (batch, k_len) integers as contiguous int32.
 at::Tensor token_ids(const char* op, const char* name, const at::Tensor& ids, const Problem& problem,
                      at::Device device) {
-  TORCH_CHECK_TYPE(at::isIntegralType(ids.scalar_type(), /*includeBool=*/false), op, ": ", name,
-                   " must be an integer tensor, got ", ids.scalar_type());
+  const at::ScalarType type = ids.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kLong || type == at::kInt || type == at::kShort || type == at::kChar || type == at::kByte, op, ": ",
+      name, " must be an integer tensor (int64, int32, int16, int8 or uint8), got ", type);
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == problem.batch && ids.size(1) == problem.k_len, op, ": ", name,
                     " must have shape (B, Lk) = (", problem.batch, ", ", problem.k_len, "), got ", ids.sizes());
   TORCH_CHECK_VALUE(ids.device() == device, op, ": ", name, " must be on the query's device ", device, ", got ",
@@ -79,6 +81,8 @@ Arguments::Arguments(const char* op_, const at::Tensor& query, const at::Tensor&
                               ": the kernels are built for float32 and float64, got ", dtype_,
                               "; other dtypes are not built yet (mmca_ext.reference takes them)");
 
+  TORCH_CHECK_VALUE(device.is_cpu(), op, ": tensors must be on the CPU, got ", device);
+
   Problem& p = problem;
   p.dtype = dtype_ == at::kFloat ? DType::f32 : DType::f64;
   p.batch = query.size(0), p.q_heads = query.size(1), p.q_len = query.size(2), p.head_dim = query.size(3);
@@ -106,6 +110,9 @@ Arguments::Arguments(const char* op_, const at::Tensor& query, const at::Tensor&
   TORCH_CHECK_VALUE(std::isfinite(p.scale), op, ": scale must be finite, got ", p.scale);
   TORCH_CHECK_VALUE(dtype_ == at::kDouble || std::isfinite(static_cast<float>(p.scale)), op,
                     ": scale must be finite in float32, got ", p.scale);
+  const double smallest = dtype_ == at::kDouble ? 1e-290 : 1e-30;  // its last bits must be normal numbers too
+  TORCH_CHECK_VALUE(p.scale == 0.0 || std::abs(p.scale) >= smallest, op, ": scale must be 0 or at least ", smallest,
+                    " in size, got ", p.scale);
   p.query = input(query), p.key = input(key), p.value = input(value);
 }
 

@@ -43,7 +43,7 @@ bool needs_grad(const Tensors&... tensors) {
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
-// A gradient that never arrived is zero, in the shape and layout of the output.
+// A gradient that never arrived is zero.
 Tensor materialise(const Tensor& grad, const Tensor& out) {
   return grad.defined() ? grad : at::zeros_symint(out.sym_sizes(), out.options());
 }
@@ -154,8 +154,8 @@ ThreeTensors attention_autograd(const Tensor& query, const Tensor& key, const Te
                                 const OptionalTensor& rng_state, std::optional<double> scale, bool is_causal,
                                 std::int64_t window_left, std::int64_t window_right, double dropout_p,
                                 bool save_for_backward) {
+  refuse_forward_mode(query, key, value);
   if (!needs_grad(query, key, value)) {
-    refuse_forward_mode(query, key, value);
     at::AutoDispatchBelowADInplaceOrView guard;
     return attention_op().call(query, key, value, attn_mask, key_mask, rng_state, scale, is_causal, window_left,
                                window_right, dropout_p, save_for_backward);
@@ -183,8 +183,8 @@ FourTensors mmca_attention_autograd(const Tensor& query, const Tensor& key, cons
                                     const OptionalTensor& image_id, const OptionalTensor& rng_state,
                                     c10::string_view image_rows, c10::string_view merge, std::optional<double> scale,
                                     double dropout_p, bool save_for_backward) {
+  refuse_forward_mode(query, key, value);
   if (!needs_grad(query, key, value)) {
-    refuse_forward_mode(query, key, value);
     at::AutoDispatchBelowADInplaceOrView guard;
     return mmca_attention_op().call(query, key, value, modality, image_id, rng_state, image_rows, merge, scale,
                                     dropout_p, save_for_backward);

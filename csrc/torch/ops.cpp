@@ -75,30 +75,28 @@ ThreeTensors mmca_attention_backward(const Tensor& grad_out, const OptionalTenso
   return gradients;
 }
 
+// clang-format off
 TORCH_LIBRARY(mmca_ext, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, "
-      "float? scale, "
-      "bool is_causal, int window_left, int window_right, float dropout_p, bool save_for_backward) "
+      "float? scale, bool is_causal, int window_left, int window_right, float dropout_p, bool save_for_backward) "
       "-> (Tensor out, Tensor lse, Tensor lse_low)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, "
-      "Tensor lse_low, Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, float? scale, bool is_causal, int "
-      "window_left, "
-      "int window_right, float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor lse, Tensor lse_low, Tensor? attn_mask, Tensor? key_mask, Tensor? rng_state, "
+      "float? scale, bool is_causal, int window_left, int window_right, float dropout_p) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def(
       "mmca_attention(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? image_id, Tensor? rng_state, "
-      "str image_rows, "
-      "str merge, float? scale, float dropout_p, bool save_for_backward) -> (Tensor out, Tensor lse, Tensor lse_low, "
-      "Tensor group_out)");
+      "str image_rows, str merge, float? scale, float dropout_p, bool save_for_backward) "
+      "-> (Tensor out, Tensor lse, Tensor lse_low, Tensor group_out)");
   m.def(
-      "mmca_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, "
-      "Tensor lse_low, Tensor group_out, Tensor modality, Tensor? image_id, Tensor? rng_state, str image_rows, str "
-      "merge, "
-      "float? scale, float dropout_p) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "mmca_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor lse, Tensor lse_low, Tensor group_out, Tensor modality, Tensor? image_id, Tensor? rng_state, "
+      "str image_rows, str merge, float? scale, float dropout_p) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
+// clang-format on
 
 TORCH_LIBRARY_IMPL(mmca_ext, CPU, m) {
   m.impl("attention", &attention);

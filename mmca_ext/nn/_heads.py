@@ -29,7 +29,7 @@ def check_heads(heads, kv_heads, dim_head):
 
 
 def check_dropout(dropout):
-    if not 0.0 <= dropout <= 1.0:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be in [0, 1], got {dropout!r}")
 
 
@@ -46,6 +46,8 @@ def refuse_linear(linear):
 
 
 def check_input(name, x, dim):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"{name} must have shape (B, N, {dim}), got {tuple(x.shape)}")
 
@@ -66,7 +68,10 @@ def boolean(name, mask):
         raise TypeError(f"{name} must be boolean or hold the integers 0 and 1, got {mask.dtype}")
     # The values are looked at where that is free: not in a graph, not by waiting for a device.
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError(f"{name} must be boolean or hold the integers 0 and 1, got values up to {int(mask.max())}")
+        raise ValueError(
+            f"{name} must be boolean or hold the integers 0 and 1, got values from {int(mask.min())} to "
+            f"{int(mask.max())}"
+        )
     return mask != 0
 
 

@@ -66,6 +66,9 @@ def attention_map(
         rows: which query rows: None for all, an integer, a list or a 1-D integer tensor; negative counts from the end.
         is_causal, attn_mask, key_mask, modality, image_rows, scale: as in that call.
 
+    The weights are exact for calls made with these arguments alone: a window, an image_id or a softcap of that call
+    cannot be told here, and would make them wrong.
+
     Returns:
         (B, Hq, R, Lk) in fp32 (fp64 for fp64), 0 where hidden.
 
