@@ -149,7 +149,8 @@ def mmca_attention(
 
     Returns:
         out (B, Hq, Lq, Dv) in query's dtype (float32 under autocast), laid out in memory as query is; with return_lse
-        (out, lse), lse (2, B, Hq, Lq) of text and image in float32 (float64 for float64), -inf for an empty group, differentiable.
+        (out, lse), lse (2, B, Hq, Lq) of text and image in float32 (float64 for float64), -inf for an empty group,
+        differentiable.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.

@@ -401,12 +401,15 @@ def test_modified_saved_tensors_are_noticed(which):
 @pytest.mark.parametrize("q_len", [1, 8, 9])
 def test_weights_of_the_backward_are_those_of_the_forward(q_len):
     """With values and a gradient of one, dV of a row sums to its weights: to 1. Sums of 600 terms round by less than
-    600 eps, and by about sqrt(600) eps in practice; scores of hundreds would show a second way to compute them."""
+    600 eps, and by about sqrt(600) eps in practice; scores of hundreds would show a second way to compute them. (The
+    portable kernels, which cannot fuse a multiply-add, round each score once more.)"""
     generator = torch.Generator().manual_seed(0)
     query, key = (30 * torch.randn(1, 1, n, 33, generator=generator) for n in (q_len, 600))
     value = torch.ones(1, 1, 600, 1, requires_grad=True)
     functional.attention(query, key, value).sum().backward()
-    assert abs(value.grad.double().sum().item() - q_len) <= 600**0.5 * torch.finfo(torch.float32).eps * q_len
+    largest = (query @ key.mT).abs().max().item() * 33**-0.5
+    roundings = 600**0.5 + (largest if _C.forced_isa() == "scalar" else 0.0)
+    assert abs(value.grad.double().sum().item() - q_len) <= roundings * torch.finfo(torch.float32).eps * q_len
 
 
 def test_a_row_alone_copies_its_value_whatever_its_score():
