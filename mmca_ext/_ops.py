@@ -1,23 +1,23 @@
-"""Fake implementations of the compiled operators: shapes, dtypes and strides for torch.compile and torch.export.
+"""Python halves of the compiled operators: fake implementations (shapes, dtypes and strides for torch.compile and
+torch.export), and the gradient of the backward operator.
 
 Memory layout, the same rule as in the operators: a (B, H, L, D) result lies in memory as (B, L, H, D) when its tensor
-has heads inside rows (stride(1) < stride(2), what a projection's view gives), else as (B, H, L, D). `out` follows
-query, each gradient its own tensor.
+has heads inside rows (stride(1) < stride(2), what a projection's view gives), else as (B, H, L, D); a packed (T, H, D)
+one is contiguous. `out` follows query, each gradient its own tensor. Merge "none" adds a first dimension of 2.
 """
 
 import torch
 
-
-def _laid_out_like(like, value_dim):
-    """An empty (B, H, L, value_dim) tensor of like's B, H, L, dtype and layout."""
-    batch, heads, length, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(batch, length, heads, value_dim).transpose(1, 2)
-    return like.new_empty(batch, heads, length, value_dim)
+from . import reference
 
 
-def _statistics_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _laid_out_like(like, features, groups=()):
+    """An empty tensor of like's shape (but for the features), dtype and layout."""
+    *shape, _ = like.shape
+    if like.dim() == 4 and like.stride(1) < like.stride(2):
+        batch, heads, length = shape
+        return like.new_empty(*groups, batch, length, heads, features).transpose(-3, -2)
+    return like.new_empty(*groups, *shape, features)
 
 
 def _check_devices(query, *tensors):
@@ -27,36 +27,33 @@ def _check_devices(query, *tensors):
             raise ValueError(f"mmca_ext: all tensors must be on query's device {query.device}, got {tensor.device}")
 
 
-def _results(query, value, groups, save_for_backward):
-    batch, heads, q_len, _ = query.shape
-    dtype = _statistics_dtype(query.dtype)
-    shape = (*groups, batch, heads, q_len)
-    lse = query.new_empty(shape, dtype=dtype)
-    lse_low = query.new_empty(shape if save_for_backward else (0,), dtype=dtype)
-    return _laid_out_like(query, value.shape[3]), lse, lse_low
-
-
-def _gradients(query, key, value):
-    return tuple(_laid_out_like(tensor, tensor.shape[3]) for tensor in (query, key, value))
-
-
 @torch.library.register_fake("mmca_ext::attention")
 def _(
     query,
     key,
     value,
     attn_mask,
+    gate,
     key_mask,
+    modality,
+    image_id,
+    cu_seqlens_q,
+    cu_seqlens_k,
     rng_state,
-    scale,
-    is_causal,
-    window_left,
-    window_right,
-    dropout_p,
     save_for_backward,
+    image_rows,
+    merge,
+    *numbers,
 ):
-    _check_devices(query, key, value, attn_mask, key_mask)
-    return _results(query, value, (), save_for_backward)
+    _check_devices(query, key, value, attn_mask, gate, key_mask, modality, image_id, cu_seqlens_q, cu_seqlens_k)
+    groups = () if modality is None else (2,)
+    rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
+    out = _laid_out_like(query, value.shape[-1], groups if merge == "none" else ())
+    lse = query.new_empty((*groups, *rows), dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    lse_low = lse.new_empty(lse.shape if save_for_backward else (0,))
+    separate = save_for_backward and modality is not None and merge in ("sum", "gate")
+    group_out = lse.new_empty((*lse.shape, value.shape[-1]) if separate else (0,))
+    return out, lse, lse_low, group_out
 
 
 @torch.library.register_fake("mmca_ext::attention_backward")
@@ -69,58 +66,119 @@ def _(
     out,
     lse,
     lse_low,
+    group_out,
     attn_mask,
+    gate,
     key_mask,
-    rng_state,
-    scale,
-    is_causal,
-    window_left,
-    window_right,
-    dropout_p,
-):
-    _check_devices(query, grad_out, grad_lse, key, value, out, lse, lse_low, attn_mask, key_mask)
-    return _gradients(query, key, value)
-
-
-@torch.library.register_fake("mmca_ext::mmca_attention")
-def _(
-    query,
-    key,
-    value,
     modality,
     image_id,
+    cu_seqlens_q,
+    cu_seqlens_k,
     rng_state,
-    image_rows,
-    merge,
-    scale,
-    dropout_p,
-    save_for_backward,
+    attn_mask_gradient,
+    *numbers,
 ):
-    _check_devices(query, key, value, modality, image_id)
-    out, lse, lse_low = _results(query, value, (2,), save_for_backward)
-    separate = save_for_backward and merge != "lse"
-    group_out = lse.new_empty((*lse.shape, value.shape[3]) if separate else (0,))
-    return out, lse, lse_low, group_out
+    _check_devices(query, grad_out, grad_lse, key, value, out, lse, lse_low, attn_mask, gate, key_mask, modality)
+    wanted = attn_mask is not None and attn_mask_gradient and attn_mask.is_floating_point()
+    return (
+        *(_laid_out_like(tensor, tensor.shape[-1]) for tensor in (query, key, value)),
+        attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0),
+        query.new_empty(0) if gate is None else gate.new_empty(gate.shape),
+    )
 
 
-@torch.library.register_fake("mmca_ext::mmca_attention_backward")
-def _(
+@torch.library.impl("mmca_ext::attention_double_backward", "CompositeImplicitAutograd")
+def _attention_double_backward(
+    grads,
     grad_out,
     grad_lse,
     query,
     key,
     value,
-    out,
-    lse,
-    lse_low,
-    group_out,
+    attn_mask,
+    gate,
+    key_mask,
     modality,
     image_id,
+    cu_seqlens_q,
+    cu_seqlens_k,
     rng_state,
     image_rows,
     merge,
     scale,
+    softcap,
+    is_causal,
+    window_left,
+    window_right,
+    max_seqlen_q,
+    max_seqlen_k,
     dropout_p,
 ):
-    _check_devices(query, grad_out, grad_lse, key, value, out, lse, lse_low, group_out, modality, image_id)
-    return _gradients(query, key, value)
+    """The gradients of attention_backward's results, through the reference: exact and materialised."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh aliases: derivatives by these very arguments, not by what they may have been made from.
+        arguments = [
+            t
+            if t is None or not t.is_floating_point()
+            else t.view_as(t)
+            if t.requires_grad
+            else t.detach().requires_grad_()
+            for t in (grad_out, grad_lse, query, key, value, attn_mask, gate)
+        ]
+        grad_out, grad_lse, query, key, value, attn_mask, gate = arguments
+        common = {"dropout_p": dropout_p, "scale": scale, "softcap": softcap, "rng_state": rng_state}
+        if modality is None:
+            out, lse = reference.attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                is_causal=is_causal,
+                key_mask=key_mask,
+                window=(window_left, window_right),
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                return_lse=True,
+                **common,
+            )
+        else:
+            out, lse = reference.mmca_attention(
+                query,
+                key,
+                value,
+                modality,
+                image_rows=image_rows,
+                merge=merge,
+                gate=gate,
+                image_id=image_id,
+                cu_seqlens=cu_seqlens_q,
+                return_lse=True,
+                **common,
+            )
+        inputs = [query, key, value, attn_mask, gate]
+        asked = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad and grads[i] is not None]
+        results, seeds = [out], [grad_out]
+        if grad_lse is not None:
+            results, seeds = [out, lse], [grad_out, grad_lse]
+        first = torch.autograd.grad(results, [inputs[i] for i in asked], seeds, create_graph=True, allow_unused=True)
+        used = [(g, grads[i]) for g, i in zip(first, asked, strict=True) if g is not None and g.requires_grad]
+        by = [t for t in arguments if t is not None and t.requires_grad]
+        second = [None] * len(by)
+        if used:
+            second = torch.autograd.grad(
+                [g for g, _ in used],
+                by,
+                [arriving for _, arriving in used],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+    found = iter(zip(by, second, strict=True))
+    gradients = []
+    for t in arguments:
+        if t is None or not t.requires_grad:
+            gradients.append(query.new_empty(0))
+        else:
+            argument, gradient = next(found)
+            gradients.append(torch.zeros_like(argument) if gradient is None else gradient)
+    return gradients

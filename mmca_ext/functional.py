@@ -4,7 +4,8 @@
 !!! key (FlashAttention's convention, what decoding with a KV cache needs). SDPA's `is_causal` is top-left, j <= i. The
 !!! two agree only when Lq == Lk.
 
-`mmca_ext.reference` has every function here in plain PyTorch, including the arguments not built into the kernels yet.
+Packed batches are (T, H, D): sequences one after the other, without padding, where `cu_seqlens` says (0, end of the
+first, end of the second, ...). `mmca_ext.reference` has every function here in plain PyTorch.
 """
 
 import torch
@@ -25,11 +26,6 @@ __all__ = [
 ]
 
 _attention = torch.ops.mmca_ext.attention.default
-_mmca_attention = torch.ops.mmca_ext.mmca_attention.default
-
-_BUILT_DTYPES = frozenset((torch.float32, torch.float64))
-_BUILT_MERGES = ("sum", "lse")
-_UNBUILT_DTYPES = frozenset((torch.float16, torch.bfloat16))
 
 
 def attention(
@@ -60,42 +56,60 @@ def attention(
     the streaming softmax and its backward: Dao et al. 2022 (arXiv 2205.14135), algorithms 1 and 4.
 
     Args:
-        query: (B, Hq, Lq, D), float32 or float64. D, Dv: 1 to 256.
-        key: (B, Hkv, Lk, D). Hq is a multiple of Hkv; query head h uses KV head h // (Hq / Hkv).
-        value: (B, Hkv, Lk, Dv).
-        attn_mask: boolean, broadcastable to (B, Hq, Lq, Lk), True = attend.
+        query: (B, Hq, Lq, D), or packed (Tq, Hq, D); float32, float64, bfloat16 or float16. D, Dv: 1 to 256. Scores,
+            softmax and sums are float32 (float64 for float64).
+        key: (B, Hkv, Lk, D) or (Tk, Hkv, D). Hq is a multiple of Hkv; query head h uses KV head h // (Hq / Hkv).
+        value: (B, Hkv, Lk, Dv) or (Tk, Hkv, Dv).
+        attn_mask: broadcastable to (B, Hq, Lq, Lk). Boolean: True = attend. Floating-point, of any of these dtypes: a
+            bias, added to the scores; -inf hides; its gradient has its shape and dtype.
         dropout_p: probability of dropping an attention weight, in [0, 1]; see `dropout_mask`.
         is_causal: row i sees j <= i + (Lk - Lq).
         scale: factor on the scores; 1 / sqrt(D) by default.
         key_mask: boolean (B, Lk), True = attend: padding, cheaper than a mask of all pairs.
         window: (left, right), inclusive: row i at p = i + (Lk - Lq) sees p - left <= j <= p + right; None or -1 is
             unbounded. All of attn_mask, key_mask, is_causal and window apply together.
-        softcap: not built into the kernels yet.
+        softcap: s = softcap * tanh(s / softcap), before a bias (Gemma 2, arXiv 2408.00118); None or 0: none.
         generator: torch.Generator the dropout seed is drawn from; by default that of query's device.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: not built into the kernels yet.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (N + 1,), offsets of N packed sequences: from 0, not decreasing, at
+            most Tq, Tk. Rows past the last offset are 0. They take no attn_mask or key_mask.
+        max_seqlen_q, max_seqlen_k: upper bounds on the lengths, checked; not needed.
         deterministic: accepted; every kernel gives the same bits every time.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        out (B, Hq, Lq, Dv) in query's dtype (float32 under autocast), laid out in memory as query is: where query is a
-        (B, L, H, D) projection seen as (B, H, L, D), `out.transpose(1, 2).flatten(2)` is free. With return_lse the pair
-        (out, lse), lse (B, Hq, Lq) in float32 (float64 for float64), natural logarithm, differentiable. A row that sees
-        no key is 0, its lse -inf, its gradients 0.
+        out (B, Hq, Lq, Dv) in query's dtype (autocast's, under autocast), laid out in memory as query is: where query
+        is a (B, L, H, D) projection seen as (B, H, L, D), `out.transpose(1, 2).flatten(2)` is free; packed
+        (Tq, Hq, Dv). With return_lse the pair (out, lse), lse (B, Hq, Lq) or (Hq, Tq) in float32 (float64 for float64),
+        natural logarithm, differentiable. A row that sees no key is 0, its lse -inf, its gradients 0.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
-        NotImplementedError: an argument or dtype without a kernel yet; `mmca_ext.reference.attention` has it.
     """
-    if softcap or cu_seqlens_q is not None or cu_seqlens_k is not None or max_seqlen_q or max_seqlen_k:
-        _refuse_attention(softcap, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if attn_mask is not None:
-        _check_attn_mask(attn_mask)
-    if getattr(query, "dtype", None) not in _BUILT_DTYPES:
-        _refuse_dtype("attention", query)
     left, right = (-1, -1) if window is None else parse_window(window)
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
-    out, lse, _ = _attention(
-        query, key, value, attn_mask, key_mask, rng_state, scale, is_causal, left, right, dropout_p, False
+    out, lse, _, _ = _attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        None,
+        key_mask,
+        None,
+        None,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        rng_state,
+        False,
+        "self",
+        "sum",
+        scale,
+        0.0 if softcap is None else softcap,
+        is_causal,
+        left,
+        right,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
     )
     return (out, lse) if return_lse else out
 
@@ -134,39 +148,64 @@ def mmca_attention(
     Padding is never a key, and its rows are 0.
 
     Args:
-        query: (B, Hq, Lq, D), float32 or float64. D, Dv: 1 to 256.
-        key, value: (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv); query head h uses KV head h // (Hq / Hkv).
-        modality: integers (B, Lk): 0 padding, 1 text, 2 and above non-text.
+        query: (B, Hq, Lq, D), the last Lq tokens, or packed (T, Hq, D); float32, float64, bfloat16 or float16. D, Dv: 1
+            to 256. Scores, softmax and sums are float32 (float64 for float64).
+        key, value: (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv), or (T, Hkv, D) and (T, Hkv, Dv); query head h uses KV head
+            h // (Hq / Hkv).
+        modality: integers (B, Lk) or (T,): 0 padding, 1 text, 2 and above non-text.
         image_rows: "self", "block", "causal" or "self+text".
-        merge: how the two terms become one: "sum", or "lse": sum_r exp(lse_r - LSE) O_r, exactly the joint softmax over
-            both groups, for weights trained with ordinary causal attention. "gate" and "none" are not built yet.
-        gate: weights of the groups for merge="gate"; not built yet.
-        image_id: integers (B, Lk), see "block".
-        dropout_p, scale, generator, deterministic: as in `attention`. The own value of an image row under "self" and
-            "self+text" is not dropped.
-        softcap, cu_seqlens, max_seqlen: not built into the kernels yet.
+        merge: how the two terms become one: "sum"; "lse": sum_r exp(lse_r - LSE) O_r, exactly the joint softmax over
+            both groups, for weights trained with ordinary causal attention; "gate": sum_r gate_r O_r, the way of
+            Flamingo (arXiv 2204.14198); "none": both, apart.
+        gate: with merge="gate" alone: floats broadcastable to (B, Hq, Lq, 2) or (T, Hq, 2), weights of the text and of
+            the image term; differentiable.
+        image_id: integers like modality, see "block".
+        dropout_p, scale, softcap, generator, deterministic: as in `attention`. The own value of an image row under
+            "self" and "self+text" is not dropped.
+        cu_seqlens, max_seqlen: offsets of packed sequences and an upper bound on their lengths, as in `attention`.
         return_lse: also return the log-sum-exp of each group.
 
     Returns:
-        out (B, Hq, Lq, Dv) in query's dtype (float32 under autocast), laid out in memory as query is; with return_lse
-        (out, lse), lse (2, B, Hq, Lq) of text and image in float32 (float64 for float64), -inf for an empty group,
-        differentiable.
+        out (B, Hq, Lq, Dv) in query's dtype (autocast's, under autocast), laid out in memory as query is, or packed
+        (T, Hq, Dv); with return_lse (out, lse), lse (2, B, Hq, Lq) or (2, Hq, T) of text and image in float32 (float64
+        for float64), -inf for an empty group, differentiable. With merge="none" always (O, lse), O (2, B, Hq, Lq, Dv)
+        or (2, T, Hq, Dv).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
-        NotImplementedError: an argument or dtype without a kernel yet; `mmca_ext.reference.mmca_attention` has it.
     """
     if image_rows not in IMAGE_ROWS:
         raise ValueError(f"image_rows must be one of {IMAGE_ROWS}, got {image_rows!r}")
-    if merge not in _BUILT_MERGES or gate is not None or softcap or cu_seqlens is not None or max_seqlen:
-        _refuse_mmca(merge, gate, softcap, cu_seqlens, max_seqlen)
-    if getattr(query, "dtype", None) not in _BUILT_DTYPES:
-        _refuse_dtype("mmca_attention", query)
+    if merge not in MERGES:
+        raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
+    if not isinstance(modality, torch.Tensor):
+        raise TypeError(f"modality must be an integer tensor, got {type(modality).__name__}")
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
-    out, lse, _, _ = _mmca_attention(
-        query, key, value, modality, image_id, rng_state, image_rows, merge, scale, dropout_p, False
+    out, lse, _, _ = _attention(
+        query,
+        key,
+        value,
+        None,
+        gate,
+        None,
+        modality,
+        image_id,
+        cu_seqlens,
+        cu_seqlens,
+        rng_state,
+        False,
+        image_rows,
+        merge,
+        scale,
+        0.0 if softcap is None else softcap,
+        False,
+        -1,
+        -1,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse or merge == "none" else out
 
 
 def linear_attention(
@@ -200,49 +239,7 @@ def linear_attention(
     Raises:
         NotImplementedError: always.
     """
-    raise _not_built("linear_attention", "linear_attention")
-
-
-def _not_built(function, argument):
-    return NotImplementedError(
-        f"{argument} is not built into the kernels yet; mmca_ext.reference.{function} has it (readable PyTorch, slower)"
+    raise NotImplementedError(
+        "linear_attention is not built into the kernels yet; mmca_ext.reference.linear_attention has it (readable "
+        "PyTorch, slower)"
     )
-
-
-def _check_attn_mask(attn_mask):
-    if not isinstance(attn_mask, torch.Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
-    if attn_mask.is_floating_point():
-        raise _not_built("attention", "a float attn_mask (additive bias)")
-
-
-def _refuse_attention(softcap, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    if softcap:
-        raise _not_built("attention", "softcap")
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        raise ValueError("max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k")
-    raise _not_built("attention", "cu_seqlens_q and cu_seqlens_k (packed sequences)")
-
-
-def _refuse_mmca(merge, gate, softcap, cu_seqlens, max_seqlen):
-    if merge not in MERGES:
-        raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
-    if gate is not None and merge != "gate":
-        raise ValueError(f'gate goes with merge="gate" only, got merge={merge!r}')
-    if merge not in _BUILT_MERGES:
-        raise _not_built("mmca_attention", f"merge={merge!r}")
-    if softcap:
-        raise _not_built("mmca_attention", "softcap")
-    if cu_seqlens is None:
-        raise ValueError("max_seqlen belongs to cu_seqlens")
-    raise _not_built("mmca_attention", "cu_seqlens (packed sequences)")
-
-
-def _refuse_dtype(function, query):
-    """Half precision without autocast; everything else is for the operator's own checks to judge."""
-    if not isinstance(query, torch.Tensor):
-        raise TypeError(f"query must be a tensor, got {type(query).__name__}")
-    device = query.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if query.dtype in _UNBUILT_DTYPES and not autocast:
-        raise _not_built(function, f"query of dtype {query.dtype}")

@@ -56,10 +56,10 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                           \
   {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \
    &cpu::isa::operation##_##dtype},
-#define MMCA_SCALAR_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, scalar, 0)
-#define MMCA_AVX2_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
+#define MMCA_SCALAR_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, scalar, 0)
+#define MMCA_AVX2_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
 // Two AVX2 registers of keys fill half a tile of AVX-512.
-#define MMCA_AVX512_ROW(operation, dtype, T, Storage) MMCA_TABLE_ROW(operation, dtype, avx512, 64 / sizeof(T) + 1)
+#define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 64 / sizeof(T) + 1)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
       MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
@@ -122,8 +122,6 @@ std::optional<Isa> forced_isa() {
 }
 
 void run(Operation operation, const Problem& problem, Executor& executor) {
-  if (problem.is_mmca && problem.merge != Merge::sum && problem.merge != Merge::lse)
-    throw std::invalid_argument("mmca_ext: the merges gate and none are not built");
   const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa(), problem.k_len);
   launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
   kernel.run(problem, make_plan(problem), executor);

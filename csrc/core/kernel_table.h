@@ -55,8 +55,7 @@ void force_isa(const std::string& name);
 void unforce_isa();
 std::optional<Isa> forced_isa();
 
-// Plans the problem, selects a kernel for the running processor and runs it. Throws std::invalid_argument for what no
-// kernel computes yet.
+// Plans the problem, selects a kernel for the running processor and runs it.
 void run(Operation operation, const Problem& problem, Executor& executor);
 
 }  // namespace mmca

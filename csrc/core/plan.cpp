@@ -1,6 +1,7 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace mmca {
 namespace {
@@ -40,9 +41,21 @@ void add_key(KeyList& keys, std::int64_t position) {
   ++keys.size;
 }
 
-// Ordinary attention: one list (all keys, or the unpadded ones), ranges from the band.
-SequencePlan plan_attention(const Problem& problem, const std::uint8_t* key_mask) {
+// Where a sequence lies in the tensors.
+struct Extent {
+  std::int64_t q_begin, q_len, k_begin, k_len;
+};
+
+SequencePlan empty_plan(const Extent& extent) {
   SequencePlan plan;
+  plan.q_begin = extent.q_begin, plan.q_len = extent.q_len, plan.k_begin = extent.k_begin, plan.k_len = extent.k_len;
+  return plan;
+}
+
+// Ordinary attention: one list (all keys, or the unpadded ones), ranges from the band. `problem` is that of the
+// sequence: its lengths.
+SequencePlan plan_attention(const Problem& problem, const Extent& extent, const std::uint8_t* key_mask) {
+  SequencePlan plan = empty_plan(extent);
   KeyList& keys = plan.keys[0];
   if (key_mask) {
     for (std::int64_t j = 0; j < problem.k_len; ++j) {
@@ -75,8 +88,9 @@ bool is_image(std::int32_t modality) { return modality >= 2; }
 
 // MMCA: list 0 holds the text keys, list 1 the image keys. Text rows first, then image rows, then padding, so that
 // neighbouring rows see nearly the same keys.
-SequencePlan plan_mmca(const Problem& problem, const std::int32_t* modality, const std::int32_t* image_id) {
-  SequencePlan plan;
+SequencePlan plan_mmca(const Problem& problem, const Extent& extent, const std::int32_t* modality,
+                       const std::int32_t* image_id) {
+  SequencePlan plan = empty_plan(extent);
   const std::int64_t k_len = problem.k_len;
   for (std::int64_t j = 0; j < k_len; ++j) {
     if (is_text(modality[j])) add_key(plan.keys[0], j);
@@ -135,21 +149,70 @@ SequencePlan plan_mmca(const Problem& problem, const std::int32_t* modality, con
   return plan;
 }
 
+// Rows and keys that belong to no sequence: nobody sees anything.
+SequencePlan plan_nothing(const Problem& problem, const Extent& extent) {
+  SequencePlan plan = empty_plan(extent);
+  for (int g = 0; g < problem.groups(); ++g) plan.ranges[g].resize(static_cast<std::size_t>(extent.q_len));
+  for (std::int64_t j = 0; j < extent.k_len; ++j) plan.hidden_keys.push_back(static_cast<std::int32_t>(j));
+  return plan;
+}
+
+// The plan of one sequence, whose masks and ids start at `at`.
+SequencePlan plan_sequence(const Problem& problem, const Extent& extent, std::int64_t at) {
+  Problem sequence = problem;
+  sequence.q_len = extent.q_len, sequence.k_len = extent.k_len;
+  if (problem.is_mmca)
+    return plan_mmca(sequence, extent, problem.modality + at, problem.image_id ? problem.image_id + at : nullptr);
+  return plan_attention(sequence, extent, problem.key_mask ? problem.key_mask + at : nullptr);
+}
+
+template <class Pointer>
+Pointer moved(Pointer pointer, std::int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char*, char*>;
+  return pointer ? reinterpret_cast<Pointer>(reinterpret_cast<Byte>(pointer) + bytes) : pointer;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& problem) {
   Plan plan;
-  if (problem.is_mmca) {
+  plan.batch = problem.batch;
+  const Extent whole{0, problem.q_len, 0, problem.k_len};
+  if (problem.q_offsets) {
+    const std::int64_t *q = problem.q_offsets, *k = problem.k_offsets;
     for (std::int64_t b = 0; b < problem.batch; ++b)
-      plan.sequences.push_back(plan_mmca(problem, problem.modality + b * problem.k_len,
-                                         problem.image_id ? problem.image_id + b * problem.k_len : nullptr));
-  } else if (problem.key_mask) {
+      plan.sequences.push_back(plan_sequence(problem, {q[b], q[b + 1] - q[b], k[b], k[b + 1] - k[b]}, k[b]));
+    const Extent rest{q[problem.batch], problem.q_len - q[problem.batch], k[problem.batch],
+                      problem.k_len - k[problem.batch]};
+    if (rest.q_len || rest.k_len) plan.sequences.push_back(plan_nothing(problem, rest)), ++plan.batch;
+  } else if (problem.is_mmca || problem.key_mask) {
     for (std::int64_t b = 0; b < problem.batch; ++b)
-      plan.sequences.push_back(plan_attention(problem, problem.key_mask + b * problem.k_len));
+      plan.sequences.push_back(plan_sequence(problem, whole, b * problem.k_len));
   } else {
-    plan.sequences.push_back(plan_attention(problem, nullptr));
+    plan.sequences.push_back(plan_sequence(problem, whole, 0));
   }
   return plan;
+}
+
+Problem Plan::problem_of(const Problem& problem, std::int64_t b) const {
+  const SequencePlan& sequence = of(b);
+  Problem p = problem;
+  p.q_len = sequence.q_len, p.k_len = sequence.k_len;
+  const auto move = [&](auto& x, std::int64_t begin, std::int64_t size) {
+    x.data = moved(x.data, (b * x.batch + begin * x.row) * size);
+  };
+  const std::int64_t size = element_size(p.dtype), statistic_size = p.dtype == DType::f64 ? 8 : 4;
+  for (Input* x : {&p.query, &p.grad_out}) move(*x, sequence.q_begin, size);
+  for (Output* x : {&p.out, &p.grad_query}) move(*x, sequence.q_begin, size);
+  for (Input* x : {&p.key, &p.value}) move(*x, sequence.k_begin, size);
+  for (Output* x : {&p.grad_key, &p.grad_value}) move(*x, sequence.k_begin, size);
+  for (RowStatistic<void*>* x : {&p.lse, &p.lse_low, &p.group_out, &p.grad_gate})
+    move(*x, sequence.q_begin, statistic_size);
+  for (RowStatistic<const void*>* x : {&p.gate, &p.grad_lse}) move(*x, sequence.q_begin, statistic_size);
+  move(p.attn_mask, sequence.q_begin, 1);
+  move(p.bias, sequence.q_begin, element_size(p.bias_dtype));
+  move(p.grad_bias, sequence.q_begin, statistic_size);
+  return p;
 }
 
 }  // namespace mmca

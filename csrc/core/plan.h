@@ -2,7 +2,8 @@
 // modality) become lists of keys and, for each row, one half-open range in each list. After this the kernels know
 // nothing of modalities or padding: hidden keys are absent, and a row's cost is the length of its ranges.
 //
-// O(batch * (q_len + k_len)) memory at most; batches with nothing of their own share one sequence.
+// O(batch * (q_len + k_len)) memory at most; batches with nothing of their own share one plan. Packed sequences become
+// sequences like any other here: no kernel knows of packing.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,7 @@ struct KeyList {
 };
 
 struct SequencePlan {
+  std::int64_t q_begin = 0, q_len = 0, k_begin = 0, k_len = 0;  // its rows of the tensors
   std::vector<std::int32_t> rows;         // every query row once, rows of a kind together; empty: the identity
   std::vector<Range> ranges[max_groups];  // [group][index in rows]: what the row sees, in coordinates of keys[group]
   KeyList keys[max_groups];
@@ -44,8 +46,13 @@ struct SequencePlan {
 };
 
 struct Plan {
+  std::int64_t batch = 0;               // sequences; packed ones with what lies past the last offset as one more
   std::vector<SequencePlan> sequences;  // one per batch, or one for all of them
-  const SequencePlan& of(std::int64_t batch) const { return sequences.size() == 1 ? sequences[0] : sequences[batch]; }
+
+  const SequencePlan& of(std::int64_t b) const { return sequences.size() == 1 ? sequences[0] : sequences[b]; }
+
+  // The same problem for sequence b alone: its lengths, pointers to its first row of its batch.
+  Problem problem_of(const Problem& problem, std::int64_t b) const;
 };
 
 Plan make_plan(const Problem& problem);

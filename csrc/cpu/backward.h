@@ -4,9 +4,12 @@
 //
 //     P   = exp2(c Q K^T - lse_r log2(e))                c = scale log2(e); hidden pairs: 0
 //     dP  = Z (dO' V^T)
-//     dS  = P (dP - offset)      offset = w rowsum(dO out) - dlse_r   joint,   rowsum(dO O_r) - dlse_r   otherwise,
+//     dS  = P (dP - offset)      offset = rowsum(dO' out) - dlse_r   joint,   rowsum(dO' O_r) - dlse_r   otherwise,
 //                                or rowsum(P dP) - dlse_r where one block holds all keys
-//     dV += (P Z)^T dO';   dK += scale dS^T Q;   dQ += scale dS K
+//     dV += (P Z)^T dO';   dK += scale dS^T Q;   dQ += scale dS K;   dw_r = rowsum(dO O_r)
+//
+// Where scores are more than products (cpu/scores.h), P = exp2(log2(e) (S - lse_r)), dbias += dS, and dS is multiplied
+// by the softcap's derivative on its way to Q and K.
 //
 // A work item owns a run of one group's keys: keys outermost, rows (cpu/rows.h) inside, dK and dV in scratch until all
 // rows have passed, dQ added to the item's own partial. No atomics on floats and no order that depends on threads.
@@ -14,7 +17,7 @@
 // Layout in scratch: Q, dO' strips [strip][feature][tile_rows]; K, V columns [panel][feature][lanes]; K, Q, dO' rows
 // [feature panel][row][lanes]; P and dS [row][key]; dK, dV, partial dQ [row][feature].
 
-template <class T, class Storage>
+template <class T>
 class Backward {
  public:
   static constexpr int row_block = 96, key_block = 192, key_range = 2 * key_block;
@@ -22,23 +25,19 @@ class Backward {
   static std::int64_t partial_row_bytes(const Problem& problem) {
     return static_cast<std::int64_t>(sizeof(T)) * round_up(static_cast<int>(problem.head_dim), width);
   }
-  // Rows of a partial: whole strips, of which there are `row_blocks` blocks.
-  static std::int64_t partial_rows(const Problem& problem) {
-    return (problem.q_len * problem.heads_per_kv() + strip_rows - 1) / strip_rows * strip_rows;
-  }
-  static std::int64_t row_blocks(const Problem& problem) { return (partial_rows(problem) + row_block - 1) / row_block; }
 
-  // `partials`: partial_rows * partial_row_bytes for each slot; `touched`: a zeroed byte for each row block of each.
+  // `partials`: rows of partial_row_bytes as the wave counts them; `touched`: a zeroed byte for each row block.
   Backward(const Problem& problem, const Plan& plan, BackwardWave& wave, T* partials, std::uint8_t* touched)
       : problem_(problem), plan_(plan), wave_(wave), partials_(partials), touched_(touched) {}
 
   void operator()(std::int64_t index) const {
     const BackwardItem& item = wave_.items[static_cast<std::size_t>(index)];
     const BackwardHead& head = wave_.heads[static_cast<std::size_t>(item.head)];
+    const Problem problem = plan_.problem_of(problem_, head.batch);
     Arena measure(nullptr);
-    Item(*this, head, item, measure);
+    Item(*this, problem, head, item, measure);
     Arena arena(worker_scratch(measure.used()));
-    Item work(*this, head, item, arena);
+    Item work(*this, problem, head, item, arena);
     work.run();
     if (wave_.unfinished[static_cast<std::size_t>(item.head)].fetch_sub(1, std::memory_order_acq_rel) == 1)
       work.write_query_gradient(head);
@@ -53,14 +52,17 @@ class Backward {
 
   class Item {
    public:
-    Item(const Backward& parent, const BackwardHead& head, const BackwardItem& item, Arena& arena)
-        : problem_(parent.problem_),
+    Item(const Backward& parent, const Problem& problem, const BackwardHead& head, const BackwardItem& item,
+         Arena& arena)
+        : problem_(problem),
           rows_{problem_, parent.plan_.of(head.batch), head.batch, head.kv_head},
-          scale_(problem_.scale),
+          natural_(problem_.shapes_scores()),
+          scale_(natural_ ? 1.0 : problem_.scale),
           keys_(rows_.plan.keys[item.group]),
           visibility_(rows_, keys_, item.group),
+          shape_(rows_, keys_),
+          head_(head),
           item_(item),
-          first_of_head_(item.slot == head.first_slot),
           head_dim_(static_cast<int>(problem_.head_dim)),
           value_dim_(static_cast<int>(problem_.value_dim)),
           padded_head_dim_(round_up(head_dim_, width)),
@@ -82,6 +84,7 @@ class Backward {
       grad_rows_ = arena.take<T>(static_cast<std::size_t>(row_block) * padded_value_dim_);
       weights_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
       score_grads_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
+      slopes_ = problem_.softcap > 0 ? arena.take<T>(static_cast<std::size_t>(row_block) * stride) : nullptr;
       lse2_ = arena.take<SplitLse<T>>(row_block);
       offset_ = arena.take<T>(row_block);
       lse_gradient_ = arena.take<T>(row_block);
@@ -90,6 +93,7 @@ class Backward {
       buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
       grad_buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
       row_buffer_ = arena.take<T>(dim);
+      own_buffer_ = arena.take<T>(2 * static_cast<std::size_t>(padded_head_dim_));
       visible_ = arena.take<std::uint8_t>(strip_rows * width);
     }
 
@@ -112,7 +116,7 @@ class Backward {
         if (item_.group == 1 && !rows_.plan.self_rows.empty()) add_self_rows(first, keys);
         write_key_gradients(first, keys);
       }
-      if (first_of_head_) write_hidden_keys();
+      if (item_.part == 0) write_hidden_keys();
     }
 
     // dQ of every row of the head: the partials in the order of their slots, and what a row gave itself.
@@ -122,9 +126,9 @@ class Backward {
       for (std::int64_t entry = 0; entry < entries_; ++entry) {
         const Row row = rows_.at(entry);
         bool first = true;
-        for (std::int64_t slot = head.first_slot; slot < head.first_slot + head.slots; ++slot) {
-          if (!*parent_.touched(slot, entry)) continue;
-          const T* partial = parent_.partial(slot, entry, padded_head_dim_);
+        for (int part = 0; part < head.parts; ++part) {
+          if (!*parent_.touched(head, part, entry)) continue;
+          const T* partial = parent_.partial(head, part, entry, padded_head_dim_);
           if (first) std::copy_n(partial, padded_head_dim_, sum);
           else
             for (int d = 0; d < padded_head_dim_; ++d) sum[d] += partial[d];
@@ -133,25 +137,56 @@ class Backward {
         if (first) std::fill_n(sum, padded_head_dim_, T(0));
         if (rows_.plan.attends_to_itself(row.row)) {
           const T gradient = own_gradient(row).score;
-          const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
-          add_scaled(gradient, key.row(rows_.position(row.row), grad_buffer_), sum);
+          add_scaled(gradient, key_reader().row(rows_.position(row.row), grad_buffer_), sum);
         }
         for (int d = 0; d < head_dim_; ++d) sum[d] *= scale;
-        store_row<T, Storage>(sum, head_dim_, problem_.grad_query, rows_.batch, row.head, row.row);
+        const Output& out = problem_.grad_query;
+        store_row(sum, head_dim_, out, problem_.dtype, out.offset(row.head, row.row));
+        if (problem_.grad_gate.data) write_gate_gradient(row);
       }
     }
 
    private:
-    RowReader<T, Storage> query_reader(Row row) const {
-      return {problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_};
+    RowReader<T> query_reader(Row row) const {
+      return {problem_.query, problem_.dtype, row.head, head_dim_, padded_head_dim_};
     }
-    RowReader<T, Storage> grad_reader(Row row) const {
-      return {problem_.grad_out, rows_.batch, row.head, value_dim_, padded_value_dim_};
+    RowReader<T> key_reader() const {
+      return {problem_.key, problem_.dtype, rows_.kv_head, head_dim_, padded_head_dim_};
+    }
+    RowReader<T> value_reader() const {
+      return {problem_.value, problem_.dtype, rows_.kv_head, value_dim_, padded_value_dim_};
+    }
+    // dO: of one group where the groups' outputs stay apart.
+    const T* grad_row(Row row, int group, T* buffer) const {
+      return result_row({problem_.grad_out, problem_.dtype, row.head, value_dim_, padded_value_dim_},
+                        problem_.grad_out.group, row, group, buffer);
+    }
+    const T* out_row(Row row, int group, T* buffer) const {
+      const Output& out = problem_.out;
+      const Input input{out.data, out.batch, out.head, out.row, out.feature, out.group};
+      return result_row({input, problem_.dtype, row.head, value_dim_, padded_value_dim_}, out.group, row, group,
+                        buffer);
+    }
+    const T* result_row(RowReader<T> reader, std::int64_t group_stride, Row row, int group, T* buffer) const {
+      if (group_stride) reader.data += group * group_stride * element_size(problem_.dtype);
+      return reader.row(row.row, buffer);
+    }
+    // O_r, kept by the forward for merges that need it.
+    const T* group_out_row(Row row, int group, T* buffer) const {
+      const T* kept = statistic<T>(problem_.group_out, group, row);
+      std::copy_n(kept, value_dim_, buffer);
+      std::fill(buffer + value_dim_, buffer + padded_value_dim_, T(0));
+      return buffer;
+    }
+
+    void write_gate_gradient(Row row) {
+      const T* grad = grad_row(row, 0, grad_buffer_);
+      for (int g = 0; g < problem_.groups(); ++g)
+        *statistic<T>(problem_.grad_gate, g, row) = dot(grad, group_out_row(row, g, row_buffer_), padded_value_dim_);
     }
 
     void pack_keys(std::int32_t first, int keys) {
-      const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
-      const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
+      const RowReader<T> key = key_reader(), value = value_reader();
       const std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(range_keys_) * width;
       const T* source[width];
       typename S::Reg finite = S::zero();
@@ -185,14 +220,14 @@ class Backward {
           const RowGradient g =
               row_gradient(row, item_.group, !is_whole(entry + r0 + i), grad_buffer_ + i * padded_value_dim_);
           grad[i] = g.grad;
-          lse2_[r0 + i] = g.lse2.high == -infinity<T> ? SplitLse<T>(infinity<T>, T(0)) : g.lse2;
+          lse2_[r0 + i] = g.lse2.high == -infinity<T> ? SplitLse<T>(infinity<T>, T(0), natural_) : g.lse2;
           offset_[r0 + i] = g.offset;
           lse_gradient_[r0 + i] = g.lse_gradient;
           query_finite = pack_row<T>(query[i], padded_head_dim_, query_rows_ + (r0 + i) * width, panel, query_finite);
           grad_finite = pack_row<T>(grad[i], padded_value_dim_, grad_rows_ + (r0 + i) * width, panel, grad_finite);
         }
         for (int i = n; i < strip_rows; ++i) {
-          lse2_[r0 + i] = SplitLse<T>(infinity<T>, T(0));
+          lse2_[r0 + i] = SplitLse<T>(infinity<T>, T(0), natural_);
           offset_[r0 + i] = lse_gradient_[r0 + i] = T(0);
           pack_zero_row<T>(padded_head_dim_, query_rows_ + (r0 + i) * width, panel);
           pack_zero_row<T>(padded_value_dim_, grad_rows_ + (r0 + i) * width, panel);
@@ -218,29 +253,23 @@ class Backward {
       double exact[max_groups];
       T weight[max_groups] = {T(1), T(1)};
       for (int g = 0; g < problem_.groups(); ++g) {
-        const T low = problem_.lse_low.data ? *statistic<T>(problem_.lse_low, g, rows_.batch, row) : T(0);
-        lse2[g] = SplitLse<T>(*statistic<T>(problem_.lse, g, rows_.batch, row), low);
-        exact[g] = lse2[g].exact();
+        const T low = problem_.lse_low.data ? *statistic<T>(problem_.lse_low, g, row) : T(0);
+        lse2[g] = SplitLse<T>(*statistic<T>(problem_.lse, g, row), low, natural_);
+        exact[g] = lse2[g].exact(natural_);
       }
-      if (problem_.groups() == 2) merge_weights(problem_.merge, exact, weight);
-      const T* grad = grad_reader(row).row(row.row, buffer);
+      if (problem_.groups() == 2) merge_weights(problem_, row, exact, weight);
+      const T w = weight[group];
+      const T* grad = grad_row(row, group, buffer);
 
-      T product = T(0);  // w rowsum(dO out), or rowsum(dO O_r)
-      if (!with_offset) {
-      } else if (problem_.joint()) {
-        const Output& out = problem_.out;
-        const Input as_input{out.data, out.batch, out.head, out.row, out.feature};
-        const RowReader<T, Storage> reader(as_input, rows_.batch, row.head, value_dim_, padded_value_dim_);
-        product = weighted(weight[group], dot(grad, reader.row(row.row, row_buffer_), padded_value_dim_));
-      } else {
-        const Input as_input{group_out_row<T>(problem_, group, rows_.batch, row.head, row.row), 0, 0, 0, 1};
-        const RowReader<T, T> reader(as_input, 0, 0, value_dim_, padded_value_dim_);
-        product = dot(grad, reader.row(0, row_buffer_), padded_value_dim_);
+      T product = T(0);  // rowsum(dO out), or rowsum(dO O_r)
+      if (with_offset) {
+        const T* out =
+            problem_.keeps_group_out() ? group_out_row(row, group, row_buffer_) : out_row(row, group, row_buffer_);
+        product = weighted(w, dot(grad, out, padded_value_dim_));
       }
-      const T lse_gradient =
-          problem_.grad_lse.data ? *statistic<const T>(problem_.grad_lse, group, rows_.batch, row) : T(0);
-      if (weight[group] != T(1)) {
-        for (int d = 0; d < padded_value_dim_; ++d) buffer[d] = weighted(weight[group], grad[d]);
+      const T lse_gradient = problem_.grad_lse.data ? *statistic<const T>(problem_.grad_lse, group, row) : T(0);
+      if (w != T(1)) {
+        for (int d = 0; d < padded_value_dim_; ++d) buffer[d] = weighted(w, grad[d]);
         grad = buffer;
       }
       return {grad, lse2[group], product - lse_gradient, lse_gradient};
@@ -299,9 +328,12 @@ class Backward {
       score_tile<T, strip_rows, stride>(value_dim_, grad_strips_ + s * value_strip_size_,
                                         value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_,
                                         grads);
+      const std::int64_t first_entry = entry + s * strip_rows;
+      if (natural_)
+        shape_.template apply<width, stride>(first_entry, count, key, scores,
+                                             slopes_ ? slopes_ + s * strip_rows * stride + column : nullptr);
       if (tile == Visibility::all) return;
       // A hidden product may have overflowed, and padding rows must not meet a hidden NaN either.
-      const std::int64_t first_entry = entry + s * strip_rows;
       visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, scores, stride, -infinity<T>);
       visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, grads, stride, T(0));
     }
@@ -323,13 +355,28 @@ class Backward {
         finite = whole_score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse_gradient_[r]);
       } else {
         finite = is_finite(offset_[r]) && lse2_[r].high == lse2_[r].high && is_finite(lse2_[r].low);
-        score_gradient_row<T>(weights + from, grads + from, to - from, scale_, lse2_[r], offset_[r]);
+        (natural_ ? score_gradient_row<T, true> : score_gradient_row<T, false>)(weights + from, grads + from, to - from,
+                                                                                scale_, lse2_[r], offset_[r]);
       }
       if (dropout)
         for (int k = from; k < to; ++k) weights[k] *= dropout_[k - from];
       if (!finite)  // 0 * NaN: hide again
         for (int k = from; k < to; ++k)
           if (!visibility_.sees(entry, first + k)) weights[k] = grads[k] = T(0);
+      if (problem_.grad_bias.data) add_bias_gradient(entry, grads, first, from, to);
+      if (slopes_)
+        for (int k = from; k < to; ++k) grads[k] = weighted(grads[k], slopes_[r * stride + k]);
+    }
+
+    // dbias += dS. Elements that several rows share are added in the order of the rows; items that share any are not in
+    // one wave.
+    void add_bias_gradient(std::int64_t entry, const T* grads, std::int32_t first, int from, int to) {
+      const Row row = rows_.at(entry);
+      const Range range = rows_.range(item_.group, entry);
+      const Output& out = problem_.grad_bias;
+      T* sum = static_cast<T*>(out.data) + out.offset(row.head, row.row);
+      for (int k = std::max(from, range.begin - first); k < std::min(to, range.end - first); ++k)
+        sum[keys_.position(first + k) * out.feature] += grads[k];
     }
 
     // Does one block of keys hold everything that the entry's softmax sums over?
@@ -341,9 +388,9 @@ class Backward {
 
     // The partial's block of rows at `entry`, zeroed on first use.
     T* touch(std::int64_t entry) {
-      T* block = parent_.partial(item_.slot, entry, padded_head_dim_);
-      std::uint8_t* touched = parent_.touched(item_.slot, entry);
-      const std::int64_t rows = std::min<std::int64_t>(partial_rows(problem_) - entry, row_block);
+      T* block = parent_.partial(head_, item_.part, entry, padded_head_dim_);
+      std::uint8_t* touched = parent_.touched(head_, item_.part, entry);
+      const std::int64_t rows = std::min<std::int64_t>(head_.partial_rows - entry, row_block);
       if (!*touched) std::fill_n(block, rows * padded_head_dim_, T(0));
       *touched = 1;
       return block;
@@ -373,7 +420,7 @@ class Backward {
     // What zero_non_finite took out of the panels, for the pairs that see each other (see cpu/pack.h).
     MMCA_NOINLINE void add_hidden_non_finite(std::int64_t entry, int rows, std::int32_t first, int c, int n,
                                              T* grad_query) {
-      const RowReader<T, Storage> key(problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_);
+      const RowReader<T> key = key_reader();
       for (int r = 0; r < rows; ++r) {
         const Row row = rows_.at(entry + r);
         const T* query = query_reader(row).row(row.row, buffer_);
@@ -393,16 +440,17 @@ class Backward {
 
     struct OwnGradient {
       const T* grad;  // w dO
-      T score;        // dS of the row's one weight, P = 1
+      T score;        // dS of the row's one weight, P = 1, as it reaches q and k
     };
 
     // A row that is its own image group: O_1 = v, lse_1 = s.
     OwnGradient own_gradient(Row row) {
       const RowGradient g = row_gradient(row, 1, problem_.joint(), grad_buffer_);
-      if (!problem_.joint()) return {g.grad, g.lse_gradient};  // dP - rowsum(P dP) is 0
-      const RowReader<T, Storage> value(problem_.value, rows_.batch, rows_.kv_head, value_dim_, padded_value_dim_);
-      const T* v = value.row(rows_.position(row.row), grad_buffer_ + padded_value_dim_);
-      return {g.grad, dot(g.grad, v, padded_value_dim_) - g.offset};
+      T slope = T(1);
+      if (slopes_) own_score<T>(rows_, row, own_buffer_, &slope);
+      if (!problem_.joint()) return {g.grad, weighted(g.lse_gradient, slope)};  // dP - rowsum(P dP) is 0
+      const T* v = value_reader().row(rows_.position(row.row), grad_buffer_ + padded_value_dim_);
+      return {g.grad, weighted(dot(g.grad, v, padded_value_dim_) - g.offset, slope)};
     }
 
     void add_self_rows(std::int32_t first, int keys) {
@@ -428,45 +476,48 @@ class Backward {
       for (int k = 0; k < keys; ++k) {
         T* gradient = grad_key_ + static_cast<std::ptrdiff_t>(k) * padded_head_dim_;
         for (int d = 0; d < head_dim_; ++d) gradient[d] *= scale;
-        const std::int64_t position = keys_.position(first + k);
-        store_row<T, Storage>(gradient, head_dim_, problem_.grad_key, rows_.batch, rows_.kv_head, position);
-        store_row<T, Storage>(grad_value_ + static_cast<std::ptrdiff_t>(k) * padded_value_dim_, value_dim_,
-                              problem_.grad_value, rows_.batch, rows_.kv_head, position);
+        store_key(gradient, grad_value_ + static_cast<std::ptrdiff_t>(k) * padded_value_dim_,
+                  keys_.position(first + k));
       }
     }
 
     void write_hidden_keys() {
       std::fill_n(buffer_, std::max(padded_head_dim_, padded_value_dim_), T(0));
-      for (std::int32_t position : rows_.plan.hidden_keys) {
-        store_row<T, Storage>(buffer_, head_dim_, problem_.grad_key, rows_.batch, rows_.kv_head, position);
-        store_row<T, Storage>(buffer_, value_dim_, problem_.grad_value, rows_.batch, rows_.kv_head, position);
-      }
+      for (std::int32_t position : rows_.plan.hidden_keys) store_key(buffer_, buffer_, position);
+    }
+
+    void store_key(const T* key, const T* value, std::int64_t position) {
+      const Output &k = problem_.grad_key, &v = problem_.grad_value;
+      store_row(key, head_dim_, k, problem_.dtype, k.offset(rows_.kv_head, position));
+      store_row(value, value_dim_, v, problem_.dtype, v.offset(rows_.kv_head, position));
     }
 
     const Problem& problem_;
     const RowList rows_;
+    const bool natural_;  // scores are more than products
     const ExponentScale<T> scale_;
     const KeyList& keys_;
     const Visibility visibility_;
+    const ScoreShape<T> shape_;
+    const BackwardHead& head_;
     const BackwardItem& item_;
-    const bool first_of_head_;
     const int head_dim_, value_dim_, padded_head_dim_, padded_value_dim_, strip_size_, value_strip_size_, range_keys_;
     const std::int64_t entries_;
     const Backward& parent_;
     bool keys_finite_ = true, queries_finite_ = true, grads_finite_ = true;
     T *key_columns_, *value_columns_, *key_rows_, *grad_key_, *grad_value_;
     T *query_strips_, *grad_strips_, *query_rows_, *grad_rows_, *weights_, *score_grads_, *offset_, *lse_gradient_,
-        *dropout_;
-    T *buffer_, *grad_buffer_, *row_buffer_;
+        *dropout_, *slopes_;
+    T *buffer_, *grad_buffer_, *row_buffer_, *own_buffer_;
     SplitLse<T>* lse2_;
     std::uint8_t* visible_;
   };
 
-  T* partial(std::int64_t slot, std::int64_t entry, int padded_head_dim) const {
-    return partials_ + (slot * partial_rows(problem_) + entry) * padded_head_dim;
+  T* partial(const BackwardHead& head, int part, std::int64_t entry, int padded_head_dim) const {
+    return partials_ + (head.first_row + part * head.partial_rows + entry) * padded_head_dim;
   }
-  std::uint8_t* touched(std::int64_t slot, std::int64_t entry) const {
-    return touched_ + slot * row_blocks(problem_) + entry / row_block;
+  std::uint8_t* touched(const BackwardHead& head, int part, std::int64_t entry) const {
+    return touched_ + head.first_block + part * head.partial_blocks + entry / row_block;
   }
 
   const Problem& problem_;

@@ -9,9 +9,13 @@ inline constexpr double ln_2 = 0.6931471805599453094;
 
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-template <class T, class Storage>
-MMCA_INLINE void store_row(const T* source, int features, const Output& output, std::int64_t b, std::int64_t h,
-                           std::int64_t i) {
-  Storage* out = static_cast<Storage*>(output.data) + output.offset(b, h, i);
-  for (int d = 0; d < features; ++d) out[d * output.feature] = static_cast<Storage>(source[d]);
+// Calls body(pointer) with `data` as what it points to.
+template <class Body>
+MMCA_INLINE void with_elements(DType dtype, const void* data, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(static_cast<const float*>(data));
+    case DType::f64: return body(static_cast<const double*>(data));
+    case DType::bf16: return body(static_cast<const BFloat16*>(data));
+    case DType::f16: return body(static_cast<const Float16*>(data));
+  }
 }

@@ -4,7 +4,8 @@
 // its rows see in blocks, outermost, packing each block of K and V once; the rows' running softmax (m, l, O) waits in
 // scratch between blocks:
 //
-//     S = Q K^T;  m' = max(m, rowmax S)             unscaled; c = scale log2(e), so that exp(scale S) = exp2(c S)
+//     S = Q K^T;  m' = max(m, rowmax S)             unscaled; c = scale log2(e), so that exp(scale S) = exp2(c S).
+//                                                   With a softcap or a bias S is the score (cpu/scores.h), c = log2(e)
 //     f = exp2(c (m - m'));  P = exp2(c (S - m'));  l = f l + rowsum P;  O = f O + (P Z) V
 //     at the group's end:  O_r = O / l,  lse_r = (c m + log2 l) ln 2;  at the item's end: out = merge(O_r, lse_r)
 //
@@ -13,7 +14,7 @@
 // at multiples of tile_rows of the rows, so neither chunking nor threads change a bit of the result. Where a head has
 // few rows in all, keys and values are not packed (cpu/few_rows.h).
 
-template <class T, class Storage>
+template <class T>
 class Forward {
  public:
   static constexpr int row_block = 96, key_block = 256, max_chunk = 8 * row_block;
@@ -23,10 +24,11 @@ class Forward {
 
   void operator()(std::int64_t index) const {
     const ForwardItem& item = items_[static_cast<std::size_t>(index)];
+    const Problem problem = plan_.problem_of(problem_, item.batch);
     Arena measure(nullptr);
-    Item(problem_, plan_, item, measure);
+    Item(problem, plan_, item, measure);
     Arena arena(worker_scratch(measure.used()));
-    Item(problem_, plan_, item, arena).run();
+    Item(problem, plan_, item, arena).run();
   }
 
  private:
@@ -41,7 +43,8 @@ class Forward {
     Item(const Problem& problem, const Plan& plan, const ForwardItem& item, Arena& arena)
         : problem_(problem),
           rows_{problem, plan.of(item.batch), item.batch, item.kv_head},
-          scale_(problem.scale),
+          natural_(problem.shapes_scores()),
+          scale_(natural_ ? 1.0 : problem.scale),
           begin_(item.begin),
           count_(static_cast<int>(item.end - item.begin)),
           head_dim_(static_cast<int>(problem.head_dim)),
@@ -117,7 +120,7 @@ class Forward {
     // Packs a block of keys and values; values that are not finite are zero in the panels, and values_finite_ false.
     void pack_keys(int group, std::int32_t first, int keys) {
       const KeyList& list = rows_.plan.keys[group];
-      const RowReader<T, Storage> key = key_reader(), value = value_reader();
+      const RowReader<T> key = key_reader(), value = value_reader();
       constexpr std::ptrdiff_t panel = static_cast<std::ptrdiff_t>(key_block) * width;
       const T* source[width];
       typename S::Reg finite = S::zero();
@@ -138,7 +141,7 @@ class Forward {
     // key.
     void find_keys(int group, std::int32_t first, int keys) {
       const KeyList& list = rows_.plan.keys[group];
-      const RowReader<T, Storage> key = key_reader(), value = value_reader();
+      const RowReader<T> key = key_reader(), value = value_reader();
       for (int c = 0; c < round_up(keys, width); ++c) {
         const std::int32_t position = list.position(first + std::min(c, keys - 1));
         key_row_[c] = key.row(position, keys_ + c * padded_head_dim_);
@@ -147,14 +150,14 @@ class Forward {
       values_finite_ = true;  // until a product says otherwise
     }
 
-    RowReader<T, Storage> query_reader(Row row) const {
-      return {problem_.query, rows_.batch, row.head, head_dim_, padded_head_dim_};
+    RowReader<T> query_reader(Row row) const {
+      return {problem_.query, problem_.dtype, row.head, head_dim_, padded_head_dim_};
     }
-    RowReader<T, Storage> key_reader() const {
-      return {problem_.key, rows_.batch, rows_.kv_head, head_dim_, padded_head_dim_};
+    RowReader<T> key_reader() const {
+      return {problem_.key, problem_.dtype, rows_.kv_head, head_dim_, padded_head_dim_};
     }
-    RowReader<T, Storage> value_reader() const {
-      return {problem_.value, rows_.batch, rows_.kv_head, static_cast<int>(problem_.value_dim), padded_value_dim_};
+    RowReader<T> value_reader() const {
+      return {problem_.value, problem_.dtype, rows_.kv_head, static_cast<int>(problem_.value_dim), padded_value_dim_};
     }
 
     // One block of rows meets one block of keys.
@@ -177,6 +180,7 @@ class Forward {
     // S = Q K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
     void score(int group, int block, int rows, std::int32_t first, int keys, std::uint64_t* live) {
       const Visibility visibility(rows_, rows_.plan.keys[group], group);
+      const ScoreShape<T> shape(rows_, rows_.plan.keys[group]);
       StripRange range[block_strips];
       const int strips = (rows + strip_rows - 1) / strip_rows;
       for (int s = 0; s < strips; ++s) {
@@ -205,7 +209,7 @@ class Forward {
           if (direct_) {
             direct_score_tile<T, stride>(n, padded_head_dim_, query_ + s * strip_rows * padded_head_dim_, key_row_ + c,
                                          scores);
-          } else if (tile == Visibility::all) {
+          } else if (tile == Visibility::all && !natural_) {
             with_tile_height<T>(n, [&](auto height) {
               score_tile<T, height.value, stride, true>(head_dim_, strip, panel, scores, row_max);
             });
@@ -214,6 +218,7 @@ class Forward {
             with_tile_height<T>(
                 n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
           }
+          if (natural_) shape.template apply<width, stride>(begin_ + block + s * strip_rows, n, key, scores, nullptr);
           if (tile == Visibility::some)
             visibility.hide<width>(begin_ + block + s * strip_rows, n, n, key, visible_, scores, stride, -infinity<T>);
           for (int r = 0; r < n; ++r) {
@@ -304,7 +309,7 @@ class Forward {
                                              const std::uint64_t* live) {
       const KeyList& list = rows_.plan.keys[group];
       const Visibility visibility(rows_, list, group);
-      const RowReader<T, Storage> value = value_reader();
+      const RowReader<T> value = value_reader();
       for (int c = 0; c < keys; ++c) {
         const T* source = value.row(list.position(first + c), buffer_);
         for (int r = 0; r < rows; ++r)
@@ -320,45 +325,57 @@ class Forward {
         const Row row = rows_.at(begin_ + r);
         T* out = output(group, r);
         if (group == 1 && rows_.plan.attends_to_itself(row.row)) {
-          const std::int64_t p = rows_.position(row.row);
-          const T* value = value_reader().row(p, buffer_);
-          std::copy_n(value, padded_value_dim_, out);
-          lse2_[padded_rows_ + r] = own_score<T, Storage>(problem_, rows_, row, buffer_) * log2_e;
+          std::copy_n(value_reader().row(rows_.position(row.row), buffer_), padded_value_dim_, out);
+          T slope;
+          const T score = own_score<T>(rows_, row, buffer_, &slope);
+          store_lse(group, r, score, score * log2_e, 0.0);
           continue;
         }
         const T l = S::reduce_add(S::load(sum_ + static_cast<std::ptrdiff_t>(r) * S::width));
         const typename S::Reg divisor = S::broadcast(l == T(0) ? T(1) : l);
         for (int d = 0; d < padded_value_dim_; d += S::width) S::store(out + d, S::div(S::load(out + d), divisor));
-        lse2_[group * padded_rows_ + r] =
-            l == T(0) ? -infinity<double> : scale_.exact(maximum_[r]) + std::log2(static_cast<double>(l));
+        store_lse(group, r, maximum_[r], l == T(0) ? 0.0 : scale_.exact(maximum_[r]),
+                  l == T(0) ? -infinity<double> : std::log2(static_cast<double>(l)));
       }
+    }
+
+    // Of a row whose largest score is `maximum`, log2_maximum as an exponent of 2.
+    void store_lse(int group, int r, double maximum, double log2_maximum, double log2_sum) {
+      const Row row = rows_.at(begin_ + r);
+      const double lse2 = log2_maximum + log2_sum;
+      const T lse = static_cast<T>(lse2 * ln_2);
+      lse2_[group * padded_rows_ + r] = lse2;
+      *statistic<T>(problem_.lse, group, row) = lse;
+      if (problem_.lse_low.data)
+        *statistic<T>(problem_.lse_low, group, row) = low_part(lse, maximum, log2_maximum, log2_sum, natural_);
     }
 
     // out = merge(O_r, lse_r) for one row.
     void write_row(int r) {
       const Row row = rows_.at(begin_ + r);
       const int groups = problem_.groups(), value_dim = static_cast<int>(problem_.value_dim);
-      double lse2[max_groups];
-      T weight[max_groups];
-      for (int g = 0; g < groups; ++g) {
-        lse2[g] = lse2_[g * padded_rows_ + r];
-        const T lse = static_cast<T>(lse2[g] * ln_2);
-        *statistic<T>(problem_.lse, g, rows_.batch, row) = lse;
-        if (problem_.lse_low.data) *statistic<T>(problem_.lse_low, g, rows_.batch, row) = low_part(lse, lse2[g]);
-        if (problem_.group_out)
-          std::copy_n(output(g, r), value_dim, group_out_row<T>(problem_, g, rows_.batch, row.head, row.row));
+      const std::int64_t offset = problem_.out.offset(row.head, row.row);
+      if (problem_.group_out.data)
+        for (int g = 0; g < groups; ++g) std::copy_n(output(g, r), value_dim, statistic<T>(problem_.group_out, g, row));
+      if (groups == 2 && problem_.merge == Merge::none) {
+        for (int g = 0; g < groups; ++g)
+          store_row(output(g, r), value_dim, problem_.out, problem_.dtype, offset + g * problem_.out.group);
+        return;
       }
       T* merged = output(0, r);
       if (groups == 2) {
-        merge_weights(problem_.merge, lse2, weight);
+        const double lse2[max_groups] = {lse2_[r], lse2_[padded_rows_ + r]};
+        T weight[max_groups];
+        merge_weights(problem_, row, lse2, weight);
         const T* other = output(1, r);
         for (int d = 0; d < value_dim; ++d) merged[d] = weighted(weight[0], merged[d]) + weighted(weight[1], other[d]);
       }
-      store_row<T, Storage>(merged, value_dim, problem_.out, rows_.batch, row.head, row.row);
+      store_row(merged, value_dim, problem_.out, problem_.dtype, offset);
     }
 
     const Problem& problem_;
     const RowList rows_;
+    const bool natural_;  // scores are more than products
     const ExponentScale<T> scale_;
     const std::int64_t begin_;  // first entry of the row list
     const int count_, head_dim_, padded_head_dim_, padded_value_dim_, strip_size_;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "core/half.h"
 #include "core/philox.h"
 #include "core/plan.h"
 #include "core/problem.h"
@@ -25,14 +26,19 @@
 #define MMCA_INLINE inline __attribute__((always_inline))
 #define MMCA_NOINLINE __attribute__((noinline))
 
-// The kernels of every instruction set: X(operation, dtype, accumulation type, storage type).
-#define MMCA_CPU_KERNELS(X)                 \
-  X(attention_forward, f32, float, float)   \
-  X(attention_forward, f64, double, double) \
-  X(attention_backward, f32, float, float)  \
-  X(attention_backward, f64, double, double)
+// The kernels of every instruction set: X(operation, dtype, accumulation type). Kernels that differ in how numbers are
+// stored alone share their code.
+#define MMCA_CPU_KERNELS(X)          \
+  X(attention_forward, f32, float)   \
+  X(attention_forward, f64, double)  \
+  X(attention_forward, bf16, float)  \
+  X(attention_forward, f16, float)   \
+  X(attention_backward, f32, float)  \
+  X(attention_backward, f64, double) \
+  X(attention_backward, bf16, float) \
+  X(attention_backward, f16, float)
 
-#define MMCA_DECLARE_KERNEL(operation, dtype, T, Storage) \
+#define MMCA_DECLARE_KERNEL(operation, dtype, T) \
   void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor);
 
 namespace mmca::cpu {

@@ -6,32 +6,33 @@
 #include "cpu/tiles.h"
 #include "cpu/pack.h"
 #include "cpu/rows.h"
+#include "cpu/scores.h"
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
 #include "cpu/few_rows.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
 
-template <class T, class Storage>
+template <class T>
 void attention_forward(const Problem& problem, const Plan& plan, Executor& executor) {
-  using Kernel = Forward<T, Storage>;
+  using Kernel = Forward<T>;
   const auto items = forward_items(problem, plan, executor.concurrency(), Kernel::row_block, Kernel::max_chunk);
   const Kernel kernel(problem, plan, items);
   for_each_item(executor, static_cast<std::int64_t>(items.size()), multiply_adds(problem, items, 1), kernel);
 }
 
-template <class T, class Storage>
+template <class T>
 void attention_backward(const Problem& problem, const Plan& plan, Executor& executor) {
-  using Kernel = Backward<T, Storage>;
-  const std::int64_t row_bytes = Kernel::partial_row_bytes(problem), rows = Kernel::partial_rows(problem);
-  for (BackwardWave& wave : backward_waves(problem, plan, Kernel::key_range, rows * row_bytes)) {
-    const std::int64_t slots = wave.heads.back().first_slot + wave.heads.back().slots;
+  using Kernel = Backward<T>;
+  const std::int64_t row_bytes = Kernel::partial_row_bytes(problem);
+  for (BackwardWave& wave :
+       backward_waves(problem, plan, {Kernel::key_range, Kernel::row_block, tile_rows<T>, row_bytes})) {
+    const auto bytes = static_cast<std::size_t>(wave.rows * row_bytes), flags = static_cast<std::size_t>(wave.blocks);
     Arena measure(nullptr);
-    measure.take<unsigned char>(static_cast<std::size_t>(slots * rows * row_bytes));
-    const std::size_t flags = static_cast<std::size_t>(slots * Kernel::row_blocks(problem));
+    measure.take<unsigned char>(bytes);
     measure.take<std::uint8_t>(flags);
     Arena arena(call_scratch(measure.used()));
-    T* partials = reinterpret_cast<T*>(arena.take<unsigned char>(static_cast<std::size_t>(slots * rows * row_bytes)));
+    T* partials = reinterpret_cast<T*>(arena.take<unsigned char>(bytes));
     std::uint8_t* touched = arena.take<std::uint8_t>(flags);
     std::fill_n(touched, flags, std::uint8_t{0});
     const Kernel kernel(problem, plan, wave, partials, touched);
@@ -40,8 +41,8 @@ void attention_backward(const Problem& problem, const Plan& plan, Executor& exec
   }
 }
 
-#define MMCA_DEFINE_KERNEL(operation, dtype, T, Storage)                                   \
+#define MMCA_DEFINE_KERNEL(operation, dtype, T)                                            \
   void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor) { \
-    operation<T, Storage>(problem, plan, executor);                                        \
+    operation<T>(problem, plan, executor);                                                 \
   }
 MMCA_CPU_KERNELS(MMCA_DEFINE_KERNEL)

@@ -7,36 +7,73 @@
 //
 // Missing rows and features are zero. Storage types become the accumulation type here and nowhere else.
 
-// Row `index` of a tensor as contiguous T, padded with zeros to `padded` features. Where the tensor already is that,
-// the row is used in place; otherwise it is copied to `buffer`.
 template <class T, class Storage>
+MMCA_INLINE void widen_row(const Storage* source, std::int64_t step, int count, T* out) {
+  int d = 0;
+  if constexpr (!std::is_floating_point_v<Storage>)
+    if (step == 1)
+      for (; d + Simd<T>::width <= count; d += Simd<T>::width) Simd<T>::storeu(out + d, Simd<T>::widen(source + d));
+  if (step == 1) {
+    for (; d < count; ++d) out[d] = static_cast<T>(source[d]);
+  } else {
+    for (; d < count; ++d) out[d] = static_cast<T>(source[d * step]);
+  }
+}
+
+template <class T, class Storage>
+MMCA_INLINE void narrow_row(const T* source, int count, Storage* out, std::int64_t step) {
+  int d = 0;
+  if constexpr (!std::is_floating_point_v<Storage>)
+    if (step == 1)
+      for (; d + Simd<T>::width <= count; d += Simd<T>::width) Simd<T>::narrow(out + d, Simd<T>::loadu(source + d));
+  for (; d < count; ++d) out[d * step] = static_cast<Storage>(source[d]);
+}
+
+// Row `index` of one head as contiguous T, padded with zeros to `padded` features. Where the tensor already is that,
+// the row is used in place; otherwise it is copied to `buffer`.
+template <class T>
 struct RowReader {
-  const Storage* data;
-  std::int64_t row_stride, feature_stride;
+  const char* data;
+  std::int64_t row_bytes, feature_stride;
   int features, padded;
+  DType dtype;
   bool in_place;
 
-  RowReader(const Input& input, std::int64_t b, std::int64_t h, int features_, int padded_)
-      : data(static_cast<const Storage*>(input.data) + b * input.batch + h * input.head),
-        row_stride(input.row),
+  RowReader(const Input& input, DType dtype_, std::int64_t h, int features_, int padded_)
+      : data(static_cast<const char*>(input.data) + h * input.head * element_size(dtype_)),
+        row_bytes(input.row * element_size(dtype_)),
         feature_stride(input.feature),
         features(features_),
         padded(padded_),
-        in_place(std::is_same_v<T, Storage> && input.feature == 1 && features_ == padded_) {}
+        dtype(dtype_),
+        in_place(element_size(dtype_) == sizeof(T) && input.feature == 1 && features_ == padded_) {}
 
   MMCA_INLINE const T* row(std::int64_t index, T* buffer) const {
-    const Storage* source = data + index * row_stride;
-    if constexpr (std::is_same_v<T, Storage>)
-      if (in_place) return source;
-    if (feature_stride == 1) {
-      for (int d = 0; d < features; ++d) buffer[d] = static_cast<T>(source[d]);
+    const char* source = data + index * row_bytes;
+    if (in_place) return reinterpret_cast<const T*>(source);
+    if constexpr (sizeof(T) == 4) {
+      if (dtype == DType::bf16) widen_row(reinterpret_cast<const BFloat16*>(source), feature_stride, features, buffer);
+      else if (dtype == DType::f16)
+        widen_row(reinterpret_cast<const Float16*>(source), feature_stride, features, buffer);
+      else widen_row(reinterpret_cast<const T*>(source), feature_stride, features, buffer);
     } else {
-      for (int d = 0; d < features; ++d) buffer[d] = static_cast<T>(source[d * feature_stride]);
+      widen_row(reinterpret_cast<const T*>(source), feature_stride, features, buffer);
     }
     for (int d = features; d < padded; ++d) buffer[d] = T(0);
     return buffer;
   }
 };
+
+template <class T>
+MMCA_INLINE void store_row(const T* source, int features, const Output& output, DType dtype, std::int64_t offset) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::bf16)
+      return narrow_row(source, features, static_cast<BFloat16*>(output.data) + offset, output.feature);
+    if (dtype == DType::f16)
+      return narrow_row(source, features, static_cast<Float16*>(output.data) + offset, output.feature);
+  }
+  narrow_row(source, features, static_cast<T*>(output.data) + offset, output.feature);
+}
 
 // out[feature][width] = scale * rows[0..count)[feature]; lanes count..width-1 are zero. Registers that overhang `width`
 // spill into the next feature, which is written after: `out` needs Simd<T>::width spare elements at its end.

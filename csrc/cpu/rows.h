@@ -9,14 +9,14 @@ struct Row {
 };
 
 template <class T, class Pointer>
-MMCA_INLINE T* statistic(const RowStatistic<Pointer>& statistic, int group, std::int64_t batch, Row row) {
-  return static_cast<T*>(statistic.data) + statistic.offset(group, batch, row.head, row.row);
+MMCA_INLINE T* statistic(const RowStatistic<Pointer>& statistic, int group, Row row) {
+  return static_cast<T*>(statistic.data) + statistic.offset(group, row.head, row.row);
 }
 
 struct RowList {
-  const Problem& problem;
+  const Problem& problem;  // of the sequence
   const SequencePlan& plan;
-  std::int64_t batch, kv_head;
+  std::int64_t batch, kv_head;  // `batch` numbers the sequence, for dropout
 
   std::int64_t size() const { return problem.q_len * problem.heads_per_kv(); }
   Row at(std::int64_t entry) const {
@@ -59,6 +59,22 @@ inline StripRange strip_range(const RowList& rows, int group, std::int64_t begin
   return strip;
 }
 
+// The bias of a row and keys key..key+count-1 of a list; 0 past its end.
+template <class T>
+MMCA_NOINLINE void read_bias(const RowList& rows, const KeyList& keys, Row row, std::int32_t key, int count, T* out) {
+  const Input& bias = rows.problem.bias;
+  const int listed = std::clamp(keys.size - key, 0, count);
+  with_elements(rows.problem.bias_dtype, bias.data, [&](const auto* data) {
+    data += bias.offset(row.head, row.row);
+    if (keys.identity() && bias.feature == 1) {
+      for (int c = 0; c < listed; ++c) out[c] = static_cast<T>(data[key + c]);
+    } else {
+      for (int c = 0; c < listed; ++c) out[c] = static_cast<T>(data[keys.position(key + c) * bias.feature]);
+    }
+  });
+  for (int c = listed; c < count; ++c) out[c] = T(0);
+}
+
 // The keys of one group as the tiles meet them: which of a tile's row-key pairs are visible.
 class Visibility {
  public:
@@ -73,11 +89,15 @@ class Visibility {
     return key >= range.begin && key < range.end && mask(rows.at(entry), key);
   }
 
-  bool has_mask() const { return rows.problem.attn_mask.data != nullptr; }
+  // Is there more to it than ranges? A bias of -inf hides, too.
+  bool has_mask() const { return rows.problem.attn_mask.data || rows.problem.bias.data; }
 
   bool mask(Row row, std::int32_t key) const {
     const auto& mask = rows.problem.attn_mask;
-    return !mask.data || mask.data[mask.offset(rows.batch, row.head, row.row) + keys.position(key) * mask.feature];
+    if (mask.data && !mask.data[mask.offset(row.head, row.row) + keys.position(key) * mask.feature]) return false;
+    double bias = 0;
+    if (rows.problem.bias.data) read_bias(rows, keys, row, key, 1, &bias);
+    return bias != -infinity<double>;
   }
 
   enum Tile { none, some, all };
@@ -89,17 +109,25 @@ class Visibility {
   MMCA_NOINLINE Tile look(std::int64_t begin, int count, std::int32_t key, std::uint8_t* visible) const {
     if (!has_mask()) return some;
     const auto& mask = rows.problem.attn_mask;
+    double bias[width];
     int seen = 0;
     for (int r = 0; r < count; ++r) {
       std::uint8_t* out = visible + r * width;
       const auto [from, to] = columns<width>(begin + r, key);
       const Row row = rows.at(begin + r);
-      const std::uint8_t* source = mask.data + mask.offset(rows.batch, row.head, row.row);
       std::fill_n(out, width, std::uint8_t{0});
-      if (keys.identity() && mask.feature == 1 && to - from == width) {
-        for (int c = 0; c < width; ++c) out[c] = source[key + c] != 0;
-      } else {
-        for (int c = from; c < to; ++c) out[c] = source[keys.position(key + c) * mask.feature] != 0;
+      std::fill_n(out + from, to - from, std::uint8_t{1});
+      if (mask.data) {
+        const std::uint8_t* source = mask.data + mask.offset(row.head, row.row);
+        if (keys.identity() && mask.feature == 1 && to - from == width) {
+          for (int c = 0; c < width; ++c) out[c] = source[key + c] != 0;
+        } else {
+          for (int c = from; c < to; ++c) out[c] = source[keys.position(key + c) * mask.feature] != 0;
+        }
+      }
+      if (rows.problem.bias.data) {
+        read_bias(rows, keys, row, key, width, bias);
+        for (int c = 0; c < width; ++c) out[c] &= bias[c] != -infinity<double>;
       }
       for (int c = 0; c < width; ++c) seen += out[c];
     }

@@ -30,29 +30,36 @@ double multiply_adds(const Problem& problem, const std::vector<Item>& items, int
 }
 
 // Keys begin..end-1 of one group's list, all rows, of one batch and KV head: owns their dK and dV, and adds its share
-// of dQ to a partial of its own. The last item of a head to finish sums the partials in the order of their slots.
+// of dQ to a partial of its own. The last item of a head to finish sums the partials in the order of the parts.
 struct BackwardItem {
   std::int64_t head;  // index into BackwardWave::heads
   int group;
   std::int32_t begin, end;
-  std::int64_t slot;
+  int part;     // of the head's parts
   double cost;  // row-key pairs
 };
 
 struct BackwardHead {
   std::int64_t batch, kv_head;
-  std::int64_t first_slot, slots;
+  int parts;
+  std::int64_t first_row, partial_rows;      // its partials, one after the other, in rows: whole strips
+  std::int64_t first_block, partial_blocks;  // the same in blocks of rows
 };
 
-// Heads whose partials fit in memory together.
+// Heads whose partials fit in memory together, and of which no two add to the same element of a bias gradient.
 struct BackwardWave {
   std::vector<BackwardHead> heads;
   std::vector<BackwardItem> items;                          // heaviest first
   std::unique_ptr<std::atomic<std::int64_t>[]> unfinished;  // items of each head
+  std::int64_t rows = 0, blocks = 0;                        // of all partials
 };
 
-// `partial_bytes`: size of one partial. Item boundaries are multiples of `key_range`.
-std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& plan, int key_range,
-                                         std::int64_t partial_bytes);
+// The sizes of a backward kernel that its schedule needs. Item boundaries are multiples of `key_range`.
+struct BackwardTiles {
+  int key_range, row_block, strip_rows;
+  std::int64_t partial_row_bytes;
+};
+
+std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& plan, const BackwardTiles& tiles);
 
 }  // namespace mmca::cpu

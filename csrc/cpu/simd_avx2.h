@@ -15,6 +15,24 @@ struct Simd<float> {
   static MMCA_INLINE Reg loadu(const float* p) { return _mm256_loadu_ps(p); }
   static MMCA_INLINE void store(float* p, Reg r) { _mm256_store_ps(p, r); }
   static MMCA_INLINE void storeu(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  // 16-bit storage: `width` numbers at a time.
+  static MMCA_INLINE __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static MMCA_INLINE void store_half(void* p, __m128i h) { _mm_storeu_si128(static_cast<__m128i*>(p), h); }
+  static MMCA_INLINE Reg widen(const BFloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(p)), 16));
+  }
+  static MMCA_INLINE Reg widen(const Float16* p) { return _mm256_cvtph_ps(load_half(p)); }
+  static MMCA_INLINE void narrow(Float16* p, Reg r) { store_half(p, _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT)); }
+  static MMCA_INLINE void narrow(BFloat16* p, Reg r) {
+    const __m256i bits = _mm256_castps_si256(r),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));  // rounding could carry a NaN away
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(r, r, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    store_half(p, _mm256_castsi256_si128(packed));
+  }
   static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
@@ -22,6 +40,9 @@ struct Simd<float> {
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static MMCA_INLINE Reg select_less(Reg a, Reg b, Reg x, Reg y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
   }
@@ -76,6 +97,9 @@ struct Simd<double> {
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
+  static MMCA_INLINE Reg select_less(Reg a, Reg b, Reg x, Reg y) {
+    return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LT_OQ));
+  }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52));
   }

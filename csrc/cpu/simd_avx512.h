@@ -15,6 +15,22 @@ struct Simd<float> {
   static MMCA_INLINE Reg loadu(const float* p) { return _mm512_loadu_ps(p); }
   static MMCA_INLINE void store(float* p, Reg r) { _mm512_store_ps(p, r); }
   static MMCA_INLINE void storeu(float* p, Reg r) { _mm512_storeu_ps(p, r); }
+  // 16-bit storage: `width` numbers at a time.
+  static MMCA_INLINE __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static MMCA_INLINE void store_half(void* p, __m256i h) { _mm256_storeu_si256(static_cast<__m256i*>(p), h); }
+  static MMCA_INLINE Reg widen(const BFloat16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16));
+  }
+  static MMCA_INLINE Reg widen(const Float16* p) { return _mm512_cvtph_ps(load_half(p)); }
+  static MMCA_INLINE void narrow(Float16* p, Reg r) { store_half(p, _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT)); }
+  static MMCA_INLINE void narrow(BFloat16* p, Reg r) {
+    const __m512i bits = _mm512_castps_si512(r),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));  // rounding could carry a NaN away
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q), quiet);
+    store_half(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
   static MMCA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
@@ -22,6 +38,9 @@ struct Simd<float> {
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static MMCA_INLINE Reg select_less(Reg a, Reg b, Reg x, Reg y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+  }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
   }
@@ -74,6 +93,9 @@ struct Simd<double> {
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static MMCA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static MMCA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static MMCA_INLINE Reg select_less(Reg a, Reg b, Reg x, Reg y) {
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), y, x);
+  }
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) {
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
   }

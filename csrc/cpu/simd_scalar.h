@@ -20,13 +20,25 @@ struct Simd {
   }
   static MMCA_INLINE void store(T* p, Reg r) { storeu(p, r); }
   static MMCA_INLINE void storeu(T* p, Reg r) { __builtin_memcpy(p, &r, sizeof r); }
+  // 16-bit storage: `width` numbers at a time. T is float there.
+  template <class Half>
+  static MMCA_INLINE Reg widen(const Half* p) {
+    Reg r = {};
+    for (int i = 0; i < width; ++i) r[i] = static_cast<T>(p[i]);
+    return r;
+  }
+  template <class Half>
+  static MMCA_INLINE void narrow(Half* p, Reg r) {
+    for (int i = 0; i < width; ++i) p[i] = Half(r[i]);
+  }
   static MMCA_INLINE Reg add(Reg a, Reg b) { return a + b; }
   static MMCA_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   static MMCA_INLINE Reg mul(Reg a, Reg b) { return a * b; }
   static MMCA_INLINE Reg div(Reg a, Reg b) { return a / b; }
   static MMCA_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
-  static MMCA_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN
-  static MMCA_INLINE Reg min(Reg a, Reg b) { return a < b ? a : b; }  // likewise
+  static MMCA_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }                        // b where either is NaN
+  static MMCA_INLINE Reg min(Reg a, Reg b) { return a < b ? a : b; }                        // likewise
+  static MMCA_INLINE Reg select_less(Reg a, Reg b, Reg x, Reg y) { return a < b ? x : y; }  // a < b ? x : y
   // 2^n from a float whose low mantissa bits hold n + exponent bias (see exp2.h).
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) { return (Reg)((BitsReg)t << (sizeof(T) == 4 ? 23 : 52)); }
   static MMCA_INLINE T reduce_add(Reg r) {

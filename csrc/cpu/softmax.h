@@ -1,23 +1,28 @@
 // Row arithmetic that forward and backward share; included inside the namespace of an instruction set.
 
 // A row's log-sum-exp to base 2 in two parts. The one number that users get, lse, is rounded by up to |lse| / 2 ulp, an
-// error that every weight of the row would share: `low` is what is missing.
+// error that every weight of the row would share: `low` is what is missing. `high` is log2(e) lse, rounded; but lse
+// itself where scores are not mere products (`natural`), for only then a score of -3e38, which a bias may make, does
+// not swallow the rest.
 template <class T>
 struct SplitLse {
   T high, low;
 
   SplitLse() = default;
-  SplitLse(T lse, T low_) : high(lse * static_cast<T>(log2_e)), low(low_) {
+  SplitLse(T lse, T low_, bool natural) : high(natural ? lse : lse * static_cast<T>(log2_e)), low(low_) {
     constexpr T largest = std::numeric_limits<T>::max();
     if (is_finite(lse)) high = std::clamp(high, -largest, largest);
   }
-  double exact() const { return static_cast<double>(high) + low; }
+  double exact(bool natural) const { return (natural ? log2_e : 1.0) * static_cast<double>(high) + low; }
 };
 
-// The low part that goes with `lse` when `exact` is the logarithm to base 2.
+// The low part that goes with `lse`; exactly, the logarithm is log2_maximum + log2_sum, or, natural, log2(e) maximum +
+// log2_sum.
 template <class T>
-T low_part(T lse, double exact) {
-  return lse == -infinity<T> ? T(0) : static_cast<T>(exact - SplitLse<T>(lse, T(0)).high);
+T low_part(T lse, double maximum, double log2_maximum, double log2_sum, bool natural) {
+  if (lse == -infinity<T>) return T(0);
+  return static_cast<T>(natural ? log2_e * (maximum - lse) + log2_sum
+                                : log2_maximum + log2_sum - SplitLse<T>(lse, T(0), false).high);
 }
 
 // scale * log2(e), which turns products into exponents of 2, in two parts: rounded to one, every score would be off by
@@ -77,20 +82,22 @@ MMCA_NOINLINE typename Simd<T>::Reg exp2_row(T* scores, int count, const Exponen
   return S::add(even, odd);
 }
 
-// scores = P = exp2(c scores - lse2.high - lse2.low), c from ExponentScale;  gradients = dS = P * (gradients - offset).
+// scores = P = exp2(c scores - lse2), c from ExponentScale;  gradients = dS = P * (gradients - offset).
 // P <= 1, also where scores are so large that rounding them could say otherwise.
-template <class T>
+template <class T, bool natural>
 MMCA_NOINLINE void score_gradient_row(T* scores, T* gradients, int count, const ExponentScale<T>& scale,
                                       SplitLse<T> lse2, T offset) {
   using S = Simd<T>;
   const typename S::Reg high = S::broadcast(scale.high), low = S::broadcast(scale.low), o = S::broadcast(offset);
-  const typename S::Reg l = S::broadcast(-lse2.high), rest = S::broadcast(lse2.low);
+  const typename S::Reg l = S::broadcast(natural ? lse2.high : -lse2.high), rest = S::broadcast(lse2.low);
   for (int c = 0; c < count; c += 2 * S::width) {
     typename S::Reg p[2];
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
       const typename S::Reg score = S::load(scores + c + u * S::width);
-      p[u] = S::min(S::zero(), S::sub(S::fma(score, low, S::fma(score, high, l)), rest));
+      const typename S::Reg exponent =
+          natural ? exponent_below<T>(score, l, high, low) : S::fma(score, low, S::fma(score, high, l));
+      p[u] = S::min(S::zero(), S::sub(exponent, rest));
     }
     exp2_in_place<T, 2>(p);
 #pragma GCC unroll 2
@@ -150,11 +157,13 @@ MMCA_NOINLINE T dot(const T* a, const T* b, int count) {
   return S::reduce_add(S::add(even, odd));
 }
 
-// Weights of the two groups' outputs, from their log-sum-exp to base 2.
+// Weights of the two groups' outputs, from their log-sum-exp to base 2 or the row's gate.
 template <class T>
-MMCA_INLINE void merge_weights(Merge merge, const double* lse2, T* weight) {
+MMCA_INLINE void merge_weights(const Problem& problem, Row row, const double* lse2, T* weight) {
   weight[0] = weight[1] = T(1);
-  if (merge != Merge::lse) return;
+  if (problem.merge == Merge::gate)
+    for (int g = 0; g < 2; ++g) weight[g] = *statistic<const T>(problem.gate, g, row);
+  if (problem.merge != Merge::lse) return;
   for (int g = 0; g < 2; ++g)
     if (lse2[1 - g] == -infinity<double>) {  // the only group, whatever its scores
       weight[g] = lse2[g] == -infinity<double> ? T(0) : T(1);
@@ -172,18 +181,15 @@ MMCA_INLINE T weighted(T weight, T x) {
   return weight == T(0) ? T(0) : weight * x;
 }
 
+// The score of a row and the key at its own position, and ds/dt; `buffer` holds two padded rows.
 template <class T>
-MMCA_INLINE T* group_out_row(const Problem& problem, int group, std::int64_t b, std::int64_t h, std::int64_t i) {
-  return static_cast<T*>(problem.group_out) +
-         (((group * problem.batch + b) * problem.q_heads + h) * problem.q_len + i) * problem.value_dim;
-}
-
-// scale * <query row, key at its own position>; `buffer` holds two padded rows.
-template <class T, class Storage>
-T own_score(const Problem& problem, const RowList& rows, Row row, T* buffer) {
+T own_score(const RowList& rows, Row row, T* buffer, T* slope) {
+  const Problem& problem = rows.problem;
   const int dim = static_cast<int>(problem.head_dim), padded = round_up(dim, lanes<T>);
-  const RowReader<T, Storage> query(problem.query, rows.batch, row.head, dim, padded);
-  const RowReader<T, Storage> key(problem.key, rows.batch, rows.kv_head, dim, padded);
-  return static_cast<T>(problem.scale) *
-         dot(query.row(row.row, buffer), key.row(rows.position(row.row), buffer + padded), padded);
+  const RowReader<T> query(problem.query, problem.dtype, row.head, dim, padded);
+  const RowReader<T> key(problem.key, problem.dtype, rows.kv_head, dim, padded);
+  const T t = static_cast<T>(problem.scale) *
+              dot(query.row(row.row, buffer), key.row(rows.position(row.row), buffer + padded), padded);
+  *slope = T(1);
+  return problem.softcap > 0 ? softcapped(t, static_cast<T>(problem.softcap), slope) : t;
 }

@@ -5,7 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
+#include <vector>
 
 #include "core/problem.h"
 
@@ -18,33 +18,68 @@ struct Results {
   at::Tensor out, lse, lse_low, group_out;
 };
 
-// A Problem, and the tensors that own memory it points to and nobody else holds.
-struct Arguments {
-  const char* op;
-  Problem problem;
-  at::Tensor key_mask, attn_mask, modality, image_id, grad_lse;
-  at::Device device;
+// What a backward returns; undefined where there is no such argument or no gradient is wanted.
+struct Gradients {
+  at::Tensor query, key, value, attn_mask, gate;
+};
 
-  // query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv): shapes, dtype, device, scale.
+// A Problem, and the tensors that own memory it points to and nobody else holds.
+//
+// Tensors are (B, H, L, D), or packed (T, H, D): then masks of pairs and of keys are refused, modality is (T,), lse
+// (Hq, T). Results of the merge "none" have a first dimension of 2.
+class Arguments {
+ public:
+  Problem problem;
+
+  // Shapes, dtype, device, scale. Packed if there are offsets: both or neither.
   Arguments(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-            std::optional<double> scale);
+            const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+            std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k,
+            std::optional<double> scale, double softcap);
 
   void set_band(bool is_causal, std::int64_t window_left, std::int64_t window_right);
+  // attn_mask: boolean, or floating-point: a bias.
   void set_masks(const OptionalTensor& attn_mask, const OptionalTensor& key_mask);
   void set_modality(const at::Tensor& modality, const OptionalTensor& image_id, c10::string_view image_rows,
-                    c10::string_view merge);
+                    c10::string_view merge, const OptionalTensor& gate);
   void set_dropout(double dropout_p, const OptionalTensor& rng_state);
 
   // Allocates the results and points the problem at them. What only the backward needs is empty unless saved.
   Results allocate_results(const at::Tensor& query, bool save_for_backward);
   // The same for results that exist, with the gradients arriving at them.
   void set_results(const Results& results, const at::Tensor& grad_out, const OptionalTensor& grad_lse);
-  // Allocates and returns the gradients of query, key and value.
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> allocate_gradients(const at::Tensor& query, const at::Tensor& key,
-                                                                    const at::Tensor& value);
+  // Allocates what the backward writes to.
+  void allocate_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                          bool attn_mask_gradient);
+  // The gradients, once the kernel has run: sums over what was broadcast are brought into the arguments' shapes.
+  Gradients gradients() const;
 
  private:
-  at::ScalarType dtype_;
+  void check_tensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) const;
+  void check_lengths() const;
+  void set_offsets(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                   std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k);
+  void set_gate(const at::Tensor& gate);
+  at::Tensor token_ids(const char* name, const at::Tensor& ids) const;
+  at::Tensor key_broadcast_bias_gradient() const;
+
+  std::vector<std::int64_t> row_shape() const;     // of out without its last dimension: (B, Hq, Lq) or (T, Hq)
+  std::vector<std::int64_t> result_shape() const;  // of out
+  std::vector<std::int64_t> lse_shape() const;     // of all groups
+
+  template <class Operand>
+  Operand strided(const at::Tensor& t, decltype(Operand::data) data) const;
+  template <class Pointer>
+  RowStatistic<Pointer> statistic(const at::Tensor& t, Pointer data) const;  // of a (group, B, Hq, Lq) tensor, or less
+
+  const char* op_;
+  bool packed_;
+  at::Device device_;
+  at::ScalarType dtype_, statistic_dtype_;
+  std::vector<std::int64_t> q_offsets_, k_offsets_;
+  at::Tensor key_mask_, attn_mask_, modality_, image_id_, gate_, gate_weights_, lse_, grad_lse_;
+  at::Tensor grad_query_, grad_key_, grad_value_, grad_bias_, grad_gate_;
+  bool bias_gradient_ = false;
 };
 
 }  // namespace mmca

@@ -13,11 +13,12 @@ def work_dtype(dtype):
 
 
 def autocast_inputs(*tensors):
-    """Under autocast, what is narrower than fp32 becomes fp32, as in the operators; fp64 stays."""
+    """Under autocast, all but fp64 becomes autocast's dtype, as in the operators."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(t.float() if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def without_autocast(function):
