@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -174,6 +175,8 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction<Numbers...>
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find<DoubleBackward<Numbers...>>("mmca_ext::attention_double_backward");
+    variable_list result(tensors + 1 + sizeof...(Numbers));
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) return result;
     const variable_list saved = ctx->get_saved_variables();
     const c10::List<bool> wanted = ctx->saved_data["wanted"].toBoolList();
     c10::List<OptionalTensor> arriving;
@@ -183,7 +186,6 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction<Numbers...>
                      optional(saved[6]), optional(saved[7]), optional(saved[8]), optional(saved[9]),
                      optional(saved[10]), optional(saved[11]), optional(saved[12]), numbers...);
     });
-    variable_list result(tensors + 1 + sizeof...(Numbers));
     for (std::size_t i = 0; i < gradients.size(); ++i) result[i] = defined_if(wanted[i], gradients[i]);
     return result;
   }
