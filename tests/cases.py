@@ -1,12 +1,13 @@
 """Seeded random attention problems, and the check that holds the kernels to the reference in fp64 on them.
 
-Case(seed) draws everything from its seed: operator, dtype, instruction set, shapes, memory layouts, masks, dropout,
-modalities, which gradients are asked for. check(case) raises AssertionError with the command that repeats the failure:
+Case(seed) draws everything from its seed: operator, dtype, instruction set, shapes, memory layouts, packing, masks,
+biases, dropout, modalities, gates, which gradients are asked for. check(case) raises AssertionError with the command
+that repeats the failure:
 
     python -m tests.cases SEED [ISA]
 
-What must hold is the promise of the documentation: every result is inside an a-priori bound, element by element, or its
-RMS error is at most twice that of the standard (materialised) implementation at the same precision.
+What must hold is the promise of the documentation: every result is inside an a-priori bound (bounds.py), element by
+element, or its RMS error is at most twice that of the standard (materialised) implementation at the same precision.
 """
 
 import math
@@ -15,16 +16,18 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+from bounds import bounds
 
 from mmca_ext import _C, functional, reference
-from mmca_ext.reference.mmca import IMAGE_ROWS, visible_groups
-from mmca_ext.reference.philox import dropout_threshold
+from mmca_ext.reference.mmca import IMAGE_ROWS, MERGES, visible_groups
 from mmca_ext.reference.weights import positions, visible_by_order
 
 ISAS = sorted({kernel["isa"] for kernel in _C.kernels() if kernel["available"]})
 LAYOUTS = ("contiguous", "rows", "sliced", "expanded", "offset", "features", "fused", "permuted")
 TILE_EDGES = [edge + shift for edge in (96, 192, 256, 384) for shift in (-1, 0, 1)]
 PRIMES = [11, 13, 17, 19, 23, 29, 31, 37, 43, 53, 61, 67]
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GRADIENTS = {"query": "dq", "key": "dk", "value": "dv", "attn_mask": "db", "gate": "dg"}
 HEAD_DIMS = [17, 24, 31, 32, 33, 40, 63, 64, 65, 80, 96, 127, 128, 129, 160, 200, 255, 256]
 
 
@@ -45,14 +48,17 @@ class Case:
         choose = self.random.choice
         self.isa = self.isa or ISAS[self.seed % len(ISAS)]
         self.op = choose(("attention", "mmca_attention"))
-        self.dtype = choose((torch.float32, torch.float32, torch.float32, torch.float64))
+        self.dtype = choose(DTYPES)
         self.threads = choose((1, 1, 1, 1, 1, 1, 1, 2))
         self._draw_shape()
         self.magnitude = choose((1.0, 1.0, 1.0, 1e-3, 4.0, 20.0))
+        self.packed = self.random.random() < 0.15
+        if self.packed:
+            self._draw_sequences()
         self.integers = self.random.random() < 0.1
         self._draw_options()
         self.poison = self.random.random() < 0.2
-        self.wanted = choose([(0, 1, 2)] * 8 + [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+        self.wanted = self._draw_wanted()
         self.return_lse = self.random.random() < 0.5
         self.grads_arrive = choose(("both", "out", "lse")) if self.return_lse else "out"
         self.layouts = [choose(("contiguous", "rows", *LAYOUTS)) for _ in range(4)]
@@ -91,6 +97,48 @@ class Case:
             self.head_dim, self.value_dim = (self.head_dim + 1) // 2, (self.value_dim + 1) // 2
         self.heads = self.kv_heads * self.share
 
+    def _draw_sequences(self):
+        """The drawn lengths become tokens of all sequences together, cut at random places; a few may belong to none."""
+
+        def offsets(tokens, cuts):
+            cuts = sorted(cuts)
+            return self._restride(torch.tensor([0, *cuts], dtype=self.random.choice((torch.int32, torch.int64))))
+
+        if self.op == "mmca_attention":
+            self.q_len = self.k_len
+        count = self.random.choice((0, 1, 2, 3, 7))
+        q_cuts = [self.random.randrange(self.q_len + 1) for _ in range(count)]
+        k_cuts = [self.random.randrange(self.k_len + 1) for _ in range(count)]
+        if count and self.random.random() < 0.6:
+            q_cuts[-1], k_cuts[-1] = self.q_len, self.k_len
+        self.batch, limits = 1, {}
+        q_offsets = offsets(self.q_len, q_cuts)
+        if self.op == "mmca_attention":
+            self.kwargs["cu_seqlens"], limits["max_seqlen"] = q_offsets, q_offsets
+        else:
+            k_offsets = offsets(self.k_len, k_cuts)
+            self.kwargs["cu_seqlens_q"], self.kwargs["cu_seqlens_k"] = q_offsets, k_offsets
+            limits["max_seqlen_q"], limits["max_seqlen_k"] = q_offsets, k_offsets
+        for name, cu_seqlens in limits.items():
+            if self.random.random() < 0.5:
+                longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+                self.kwargs[name] = longest + self.random.choice((0, 5))
+
+    def sequences(self):
+        """(begin, end) of the queries and of the keys of each packed sequence."""
+        q = self.kwargs["cu_seqlens" if self.op == "mmca_attention" else "cu_seqlens_q"].tolist()
+        k = self.kwargs["cu_seqlens" if self.op == "mmca_attention" else "cu_seqlens_k"].tolist()
+        return [((q[n], q[n + 1]), (k[n], k[n + 1])) for n in range(len(q) - 1)]
+
+    def _draw_wanted(self):
+        names = ["query", "key", "value"]
+        for name in ("attn_mask", "gate"):
+            if name in self.kwargs and self.kwargs[name].is_floating_point() and self.random.random() < 0.8:
+                names.append(name)
+        if self.random.random() < 0.4:
+            names = [name for name in names if self.random.random() < 0.5] or ["query"]
+        return tuple(names)
+
     def _cost(self):
         pairs = self.batch * self.kv_heads * self.share * self.q_len * self.k_len
         return pairs * (self.head_dim + self.value_dim + 8)
@@ -103,6 +151,8 @@ class Case:
             kwargs["dropout_p"] = choose((0.1, 0.1, 0.5, 0.9, 1.0, 1e-5, 1e-6, 0.9999))
         if rand.random() < 0.05:
             kwargs["deterministic"] = True
+        if rand.random() < 0.15:
+            kwargs["softcap"] = choose((1.0, 5.0, 30.0))
         if self.op == "attention":
             kwargs["is_causal"] = rand.random() < 0.4
             if rand.random() < 0.3:
@@ -119,27 +169,49 @@ class Case:
                     2**63 - 1,
                 )
                 kwargs["window"] = choose((tuple, list))((choose(sides), choose(sides)))
-            if rand.random() < 0.35:
-                kwargs["attn_mask"] = self._draw_attn_mask()
-            if rand.random() < 0.35:
+            if rand.random() < 0.4 and not self.packed:
+                kwargs["attn_mask"] = self._draw_attn_mask() if rand.random() < 0.6 else self._draw_bias()
+            if rand.random() < 0.35 and not self.packed:
                 kwargs["key_mask"] = self._draw_key_mask()
         else:
             kwargs["image_rows"] = choose(IMAGE_ROWS)
-            kwargs["merge"] = choose(("sum", "lse"))
+            kwargs["merge"] = choose(MERGES)
             kwargs["modality"] = self._integers(self._draw_modality())
             if rand.random() < 0.3:
                 kwargs["image_id"] = self._integers(self._draw_runs((0, 1, -1, 7)))
+            if kwargs["merge"] == "gate":
+                kwargs["gate"] = self._draw_gate()
 
     def _draw_attn_mask(self):
-        rank = self.random.choice((4, 4, 3, 2, 2, 1, 0))
-        shape = [self.batch, self.heads, self.q_len, self.k_len][4 - rank :]
-        shape = [1 if self.random.random() < 0.3 else size for size in shape]
+        shape = self._draw_attn_mask_shape()
+        rank = len(shape)
         mask = self._bernoulli(shape, self.random.choice((0.0, 0.1, 0.5, 0.9, 1.0)))
         if rank >= 2 and self.random.random() < 0.4:
             mask = mask & self._bernoulli([*shape[:-1], 1], 0.7)  # whole rows see nothing
         if rank >= 2 and self.random.random() < 0.4:
             mask = mask & self._bernoulli([*shape[:-2], 1, shape[-1]], 0.6)  # whole columns are never seen
         return self._restride(mask)
+
+    def _draw_bias(self):
+        bias = self._values(self._draw_attn_mask_shape(), self.random.choice((1.0, 1.0, 0.1, 30.0)))
+        bias = bias.to(self.random.choice((self.dtype, torch.float32, torch.bfloat16, torch.float64)))
+        if self.random.random() < 0.4:
+            bias = bias.masked_fill(self._bernoulli(bias.shape, self.random.choice((0.05, 0.5, 0.95))), -math.inf)
+        return self._restride(bias)
+
+    def _draw_attn_mask_shape(self):
+        rank = self.random.choice((4, 4, 3, 2, 2, 1, 0))
+        shape = [self.batch, self.heads, self.q_len, self.k_len][4 - rank :]
+        return [1 if self.random.random() < 0.3 else size for size in shape]
+
+    def _draw_gate(self):
+        rank = self.random.choice((4, 4, 3, 1, 0))
+        shape = [*((self.q_len, self.heads) if self.packed else (self.batch, self.heads, self.q_len)), 2]
+        shape = [1 if self.random.random() < 0.3 else size for size in shape[max(0, len(shape) - rank) :]]
+        gate = self._values(shape, 1.0).to(self.random.choice((self.dtype, torch.float32)))
+        if self.random.random() < 0.3:
+            gate = gate.masked_fill(self._bernoulli(shape, 0.5), 0.0)
+        return self._restride(gate)
 
     def _draw_key_mask(self):
         rows = []
@@ -173,6 +245,7 @@ class Case:
 
     def _integers(self, ids):
         dtypes = [torch.int32, torch.int64, torch.int64, torch.int16, torch.int8]
+        ids = ids[0] if self.packed else ids
         return self._restride(ids.to(self.random.choice(dtypes)))
 
     def _bernoulli(self, shape, p):
@@ -184,7 +257,7 @@ class Case:
         if sort < 0.25 and mask.dim() >= 2:
             return mask.transpose(-1, -2).contiguous().transpose(-1, -2)
         if sort < 0.5 and mask.dim() >= 1:
-            return torch.stack((mask, ~mask), -1)[..., 0]
+            return torch.stack((mask, torch.zeros_like(mask)), -1)[..., 0]
         return mask
 
     # Tensors.
@@ -203,11 +276,21 @@ class Case:
             magnitude = self.magnitude if i < 2 else self.random.choice((1.0, 1.0, 1e-4, 100.0))
             poisoned = hidden if i in (1, 2) else None
             tensors.append(self._lay_out(self._values(shape, magnitude), layout, poisoned))
+        if self.packed:
+            tensors = [t[0].transpose(0, 1) for t in tensors]
         self.query, self.key, self.value, self.grad_out = tensors
-        lse_shape = (b, h, self.q_len) if self.op == "attention" else (2, b, h, self.q_len)
-        self.grad_lse = self._values(lse_shape, 1.0)
+        if self.kwargs.get("merge") == "none":
+            self.grad_out = torch.stack((self.grad_out, self._values(self.grad_out.shape, 1.0)))
+        lse_shape = (h, self.q_len) if self.packed else (b, h, self.q_len)
+        if self.op == "mmca_attention":
+            lse_shape = (2, *lse_shape)
+        self.grad_lse = self._values(lse_shape, 1.0).to(self.statistic_dtype)
         if self.random.random() < 0.3:
             self.grad_lse = self.grad_lse.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    @property
+    def statistic_dtype(self):
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _values(self, shape, magnitude):
         if self.integers:
@@ -249,21 +332,36 @@ class Case:
         return view.copy_(tensor)
 
     def visible(self):
-        """Boolean (groups, B, Hq, Lq, Lk)."""
-        shape, kwargs = (self.batch, self.heads, self.q_len, self.k_len), self.kwargs
-        rows = positions(self.q_len, self.k_len, "cpu")
-        if self.op == "mmca_attention":
-            text, image, _ = visible_groups(
-                kwargs["modality"].long(), rows, kwargs["image_rows"], kwargs.get("image_id")
+        """Boolean (groups, B, Hq, Lq, Lk); packed sequences lie along the diagonal of one batch."""
+        groups = 2 if self.op == "mmca_attention" else 1
+        if not self.packed:
+            return self._visible(
+                self.batch, self.q_len, self.k_len, self.kwargs.get("modality"), self.kwargs.get("image_id")
             )
+        visible = torch.zeros(groups, 1, self.heads, self.q_len, self.k_len, dtype=torch.bool)
+        for (q, q_end), (k, k_end) in self.sequences():
+            ids = [None if t is None else t[None, k:k_end] for t in map(self.kwargs.get, ("modality", "image_id"))]
+            visible[..., q:q_end, k:k_end] = self._visible(1, q_end - q, k_end - k, *ids)
+        return visible
+
+    def _visible(self, batch, q_len, k_len, modality, image_id):
+        shape, kwargs = (batch, self.heads, q_len, k_len), self.kwargs
+        rows = positions(q_len, k_len, "cpu")
+        if self.op == "mmca_attention":
+            text, image, _ = visible_groups(modality.long(), rows, kwargs["image_rows"], image_id)
             return torch.stack([group[:, None].expand(shape) for group in (text, image)])
         window = [-1 if side is None else side for side in kwargs.get("window", (-1, -1))]
-        visible = visible_by_order(rows, self.k_len, kwargs.get("is_causal", False), window).expand(shape)
+        visible = visible_by_order(rows, k_len, kwargs.get("is_causal", False), window).expand(shape)
         if "attn_mask" in kwargs:
-            visible = visible & kwargs["attn_mask"]
+            mask = kwargs["attn_mask"]
+            visible = visible & (mask if mask.dtype == torch.bool else mask != -math.inf)
         if "key_mask" in kwargs:
             visible = visible & kwargs["key_mask"][:, None, None, :]
         return visible[None]
+
+    def dense(self, tensor):
+        """(..., B, H, L, D) of a tensor laid out like query or out."""
+        return tensor.transpose(-3, -2).unsqueeze(-4) if self.packed else tensor
 
     def _hidden_keys(self):
         """Boolean (B, Hkv, Lk): keys that no row of any of their query heads sees."""
@@ -276,7 +374,8 @@ class Case:
             for name, value in self.kwargs.items()
         }
         return (
-            f"{self.op} {str(self.dtype)[6:]} {self.isa} query {tuple(self.query.shape)} key {tuple(self.key.shape)} "
+            f"{self.op} {str(self.dtype)[6:]} {self.isa}{' packed' * self.packed} "
+            f"query {tuple(self.query.shape)} key {tuple(self.key.shape)} "
             f"value {tuple(self.value.shape)} layouts {'/'.join(self.layouts)} x{self.magnitude:g} "
             f"threads {self.threads} lse {self.return_lse} gradients {self.wanted} from {self.grads_arrive} {options}"
         )
@@ -286,13 +385,23 @@ class Case:
 
 
 def given(op, query, key, value, grad_out, grad_lse=None, isa=None, threads=1, **kwargs):
-    """A case of these very tensors, nothing drawn; with grad_lse also lse is returned and has that gradient."""
+    """A case of these very tensors, nothing drawn; with grad_lse also lse is returned and has that gradient. A bias or
+    a gate gets a gradient if it requires one."""
     case = object.__new__(Case)
-    case.seed, case.op, case.isa, case.threads, case.kwargs = 0, op, isa, threads, kwargs
+    case.seed, case.op, case.isa, case.threads = 0, op, isa, threads
+    case.wanted = (
+        "query",
+        "key",
+        "value",
+        *(n for n in ("attn_mask", "gate") if n in kwargs and kwargs[n].requires_grad),
+    )
+    case.kwargs = {name: t.detach() if torch.is_tensor(t) else t for name, t in kwargs.items()}
+    case.packed = query.dim() == 3
     case.query, case.key, case.value, case.grad_out, case.grad_lse = query, key, value, grad_out, grad_lse
-    (case.batch, case.heads, case.q_len, case.head_dim), case.dtype = query.shape, query.dtype
-    case.kv_heads, case.k_len, case.value_dim = key.shape[1], key.shape[2], value.shape[3]
-    case.share, case.magnitude, case.layouts, case.wanted = case.heads // case.kv_heads, 1.0, ["given"], (0, 1, 2)
+    q, k, v = map(case.dense, (query, key, value))
+    (case.batch, case.heads, case.q_len, case.head_dim), case.dtype = q.shape, query.dtype
+    case.kv_heads, case.k_len, case.value_dim = k.shape[1], k.shape[2], v.shape[3]
+    case.share, case.magnitude, case.layouts = case.heads // case.kv_heads, 1.0, ["given"]
     case.return_lse, case.grads_arrive = grad_lse is not None, "out" if grad_lse is None else "both"
     if grad_lse is None:
         case.grad_lse = torch.zeros(())
@@ -300,117 +409,44 @@ def given(op, query, key, value, grad_out, grad_lse=None, isa=None, threads=1, *
     return case
 
 
-# ---------------------------------------------------------------- the bound
-
-
-def bounds(case, exact):
-    """How far out, lse, dq, dk, dv may be from exact arithmetic, element by element: a dict of tensors.
-
-    First-order rounding analysis of the textbook algorithm, with u the machine epsilon, S_i = |scale| |q_i| max_j |k_j|
-    the size of a row's scores (Cauchy-Schwarz), n the number of terms of a sum:
-
-        a_i  = u (4 + sqrt(n) + S_i)      relative error of a weight exp(s - lse): u S from its rounded score and lse, a
-                                          few u from exp and the division, sqrt(n) u from the sum (errors of random
-                                          sign; Higham and Mary 2019, "A new approach to probabilistic rounding error
-                                          analysis")
-        out  : u |out| + 2 a max|v|       the weights sum to 1, errors of numerator and denominator
-        lse  : u |lse| + a                the logarithm turns a relative into an absolute error
-        dv   : u |dv| + a sqrt(n) max|dO|                             n rows, each weight at most 1
-        dq   : u |dq| + a |scale| max|k| (|dO| |v| + |dlse|)          dS = P (dP - D + dlse); |dP|, |D| <= |dO| |v|
-        dk   : u |dk| + a sqrt(n) |scale| max|q| (|dO| |v| + |dlse|)
-
-    Dropout multiplies weights by z = 1 / (1 - p), hence v and dO in the products; separate softmaxes that are added
-    (merge "sum") add their errors. In float64 the reference in float64 has the same error once more, and there is no
-    better one to judge terms whose errors have one sign (equal keys): n itself stands for sqrt(n). What sees nothing,
-    or is seen by nothing, must be exactly zero.
-    """
-    u, groups = torch.finfo(case.dtype).eps, 2 if case.op == "mmca_attention" else 1
-    double = case.dtype == torch.float64
-    oracle, root = (2.0, float) if double else (1.0, math.sqrt)
-    scale = abs(case.kwargs.get("scale", case.head_dim**-0.5))
-    seen = case.visible()
-    by_head = seen.any(0)
-    row_seen, key_seen = by_head.any(-1), by_head.any(-2).unflatten(1, (case.kv_heads, case.share)).any(2)
-
-    threshold = dropout_threshold(case.kwargs.get("dropout_p", 0.0))
-    z = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-    if groups == 2:
-        z = max(z, 1.0)  # an image row's own value is not dropped
-
-    def of_row(t):  # (B, Hkv, ...) -> (B, Hq, ...)
-        return t.repeat_interleave(case.share, 1)
-
-    def of_key(t):  # the largest over a group's rows: (B, Hq, Lq) -> (B, Hkv, 1)
-        return largest(t.unflatten(1, (case.kv_heads, case.share)).flatten(2))
-
-    def largest(t):  # of a possibly empty last dimension
-        return t.amax(-1, keepdim=True) if t.shape[-1] else t.new_zeros(*t.shape[:-1], 1)
-
-    query = case.query.double().masked_fill(~row_seen[..., None], 0.0)
-    key, value = (t.double().masked_fill(~key_seen[..., None], 0.0) for t in (case.key, case.value))
-    grad_out = case.grad_out.double() if case.grads_arrive != "lse" else torch.zeros_like(case.grad_out).double()
-    grad_lse = case.grad_lse.double().abs() if case.grads_arrive != "out" else torch.zeros(())
-    if grad_lse.dim() == 4:
-        grad_lse = grad_lse.sum(0)
-
-    size = scale * query.norm(dim=-1) * of_row(largest(key.norm(dim=-1)))
-    a = oracle * groups * u * (4 + root(case.k_len) + size)  # (B, Hq, Lq)
-    rows = root(max(1, case.q_len * case.share))
-    arrives = z * grad_out.norm(dim=-1) * of_row(largest(value.norm(dim=-1))) + grad_lse
-
-    bound = {
-        "out": 2 * z * a * of_row(largest(value.abs().flatten(2))),
-        "lse": a if groups == 1 else torch.stack((a, a)),
-        "dq": a * scale * of_row(largest(key.abs().flatten(2))) * arrives,
-        "dk": rows * scale * of_key(a * query.abs().amax(-1) * arrives),
-        "dv": rows * of_key(z * a * grad_out.abs().amax(-1)),
-    }
-    for name in ("out", "dq"):
-        bound[name] = bound[name].masked_fill(~row_seen, 0.0)[..., None]
-    for name in ("dk", "dv"):
-        bound[name] = bound[name].expand(key_seen.shape).masked_fill(~key_seen, 0.0)[..., None]
-    return {name: oracle * u * value.abs() + bound[name] for name, value in exact.items()}
-
-
 # ---------------------------------------------------------------- the check
 
 
-def run(case, function, tensors, grads):
-    """out, lse and the wanted gradients of one implementation, as a dict."""
-    args = [t.detach().requires_grad_(i in case.wanted) for i, t in enumerate(tensors)]
-    kwargs = dict(case.kwargs, return_lse=case.return_lse)
-    if "modality" in kwargs:
-        args.append(kwargs.pop("modality"))
+def run(case, function, convert):
+    """out, lse and the wanted gradients of one implementation, its floating-point inputs converted, as a dict."""
+    kwargs = dict(case.kwargs, return_lse=case.return_lse, query=case.query, key=case.key, value=case.value)
+    for name in GRADIENTS:
+        if name in kwargs and kwargs[name].is_floating_point():
+            kwargs[name] = convert(kwargs[name]).detach().requires_grad_(name in case.wanted)
     if kwargs.get("dropout_p"):
         kwargs["generator"] = torch.Generator().manual_seed(case.seed)
-    result = function(*args, **kwargs)
-    result = dict(zip(("out", "lse"), result, strict=True)) if case.return_lse else {"out": result}
+    result = function(**kwargs)
+    two = case.return_lse or kwargs.get("merge") == "none"
+    result = dict(zip(("out", "lse"), result, strict=True)) if two else {"out": result}
+    seeds = {"out": case.grad_out, "lse": case.grad_lse}
     arriving = ("out", "lse") if case.grads_arrive == "both" else (case.grads_arrive,)
     arriving = [name for name in arriving if result[name].requires_grad]  # the reference's lse does not depend on value
-    inputs = [args[i] for i in case.wanted]
+    inputs = [kwargs[name] for name in case.wanted]
     gradients = [None] * len(inputs)
     if arriving:
-        outputs, seeds = [result[name] for name in arriving], [grads[name] for name in arriving]
-        gradients = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
-    names = ["dq", "dk", "dv"]
-    for i, argument, gradient in zip(case.wanted, inputs, gradients, strict=True):
-        result[names[i]] = torch.zeros_like(argument) if gradient is None else gradient
+        seeds = [seeds[name].to(result[name].dtype) for name in arriving]
+        gradients = torch.autograd.grad([result[name] for name in arriving], inputs, seeds, allow_unused=True)
+    for name, argument, gradient in zip(case.wanted, inputs, gradients, strict=True):
+        result[GRADIENTS[name]] = torch.zeros_like(argument) if gradient is None else gradient
     return {name: t.detach() for name, t in result.items()}
 
 
 def run_reference(case, dtype):
-    tensors = [t.to(dtype).contiguous() for t in (case.query, case.key, case.value)]
-    grads = {"out": case.grad_out.to(dtype), "lse": case.grad_lse.to(dtype)}
-    return run(case, getattr(reference, case.op), tensors, grads)
+    return run(case, getattr(reference, case.op), lambda t: t.to(dtype).contiguous())
 
 
 def run_kernels(case):
     """The operators under the case's instruction set and number of threads."""
-    tensors, threads = (case.query, case.key, case.value), torch.get_num_threads()
+    threads = torch.get_num_threads()
     _C.force_isa(case.isa)
     torch.set_num_threads(case.threads)
     try:
-        return run(case, getattr(functional, case.op), tensors, {"out": case.grad_out, "lse": case.grad_lse})
+        return run(case, getattr(functional, case.op), lambda t: t)
     finally:
         _C.force_isa(None)
         torch.set_num_threads(threads)
@@ -425,11 +461,13 @@ def rms_error(actual, exact):
 
 
 def excess(actual, exact, bound):
-    """error / bound where it is largest, with its place; inf where one is finite and the other is not."""
+    """error / bound where it is largest, with its place; inf where one is finite and the other is not. What is too
+    large for the dtype, or may be so within the bound, may be infinite."""
     if not exact.numel():
         return 0.0, ()
-    actual = actual.double()
-    error = torch.where(actual == exact, 0.0, (actual - exact).abs())
+    largest, actual = torch.finfo(actual.dtype).max, actual.double()
+    overflow = (exact.abs() + bound > largest) & (actual == exact.sign() * torch.inf)
+    error = torch.where((actual == exact) | overflow, 0.0, (actual - exact).abs())
     ratio = torch.where(error == 0.0, 0.0, error / bound)
     ratio = torch.where(ratio.isnan(), torch.inf, ratio)
     place = int(ratio.argmax())
@@ -438,26 +476,31 @@ def excess(actual, exact, bound):
 
 def follows_layout(result, like):
     """The layout rule of the operators: heads inside rows where `like` has them so, else (B, H, L, D)."""
-    ordered = result.transpose(1, 2) if like.stride(1) < like.stride(2) else result
-    return ordered.is_contiguous()
+    if like.dim() == 4 and like.stride(1) < like.stride(2):
+        result = result.transpose(-3, -2)
+    return result.is_contiguous()
 
 
 def ratios(case):
     """error / bound of every result: name -> (ratio, place). Checks on the way what is not a matter of rounding."""
-    tensors = case.query, case.key, case.value
-    memory = [_bytes(t).clone() for t in (*tensors, case.grad_out)]
+    arguments = {"query": case.query, "key": case.key, "value": case.value, **case.kwargs}
+    memory = {name: _bytes(t).clone() for name, t in arguments.items() if torch.is_tensor(t)}
+    grads = _bytes(case.grad_out).clone()
     actual = run_kernels(case)
-    for t, before in zip((*tensors, case.grad_out), memory, strict=True):
-        assert torch.equal(_bytes(t), before), "an input was written to"
+    for name, before in memory.items():
+        assert torch.equal(_bytes(arguments[name]), before), f"{name} was written to"
+    assert torch.equal(_bytes(case.grad_out), grads), "grad_out was written to"
 
     exact = run_reference(case, torch.float64)
     bound = bounds(case, exact)
     likes = {"out": case.query, "dq": case.query, "dk": case.key, "dv": case.value}
+    dtypes = {GRADIENTS[name]: arguments[name].dtype for name in case.wanted}
+    dtypes.update(out=case.dtype, lse=case.statistic_dtype)
     for name, result in actual.items():
-        assert result.shape == exact[name].shape and result.dtype == case.dtype, (
+        assert result.shape == exact[name].shape and result.dtype == dtypes[name], (
             f"{name}: {result.dtype} {result.shape}"
         )
-        assert name == "lse" or follows_layout(result, likes[name]), f"{name} has strides {result.stride()}"
+        assert name not in likes or follows_layout(result, likes[name]), f"{name} has strides {result.stride()}"
     found = {name: excess(actual[name], exact[name], bound[name]) for name in exact}
     outside = [name for name, (ratio, _) in found.items() if ratio > 1.0]
     if outside and case.dtype != torch.float64:

@@ -418,7 +418,7 @@ void Arguments::allocate_gradients(const at::Tensor& query, const at::Tensor& ke
     grad_gate_ = at::empty(lse_shape(), query.options().dtype(statistic_dtype_));
     p.grad_gate = statistic<void*>(grad_gate_, grad_gate_.mutable_data_ptr());
   }
-  bias_gradient_ = attn_mask_gradient && p.bias.data;
+  bias_gradient_ = attn_mask_gradient && attn_mask_.defined() && attn_mask_.is_floating_point();
   const bool same_for_all_keys = bias_gradient_ && p.k_len > 1 && (attn_mask_.dim() == 0 || attn_mask_.size(-1) == 1);
   if (bias_gradient_ && !same_for_all_keys) {
     std::vector<std::int64_t> shape(4 - attn_mask_.dim(), 1);
