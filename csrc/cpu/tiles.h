@@ -125,13 +125,18 @@ MMCA_NOINLINE void row_tile(int depth, const T* weights, const T* panel, T* c, s
   add_tile<T, rows>(c, c_stride, r);
 }
 
-// c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys
+// c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys. The rows
+// of all heads that share a key meet in one sum here, where the standard implementation sums head by head: runs keep the
+// rounding down to its level.
 template <class T, int stride>
 MMCA_NOINLINE void transposed_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
-  Accumulators<T, tile_rows<T>> r;
-  clear_tile<T, tile_rows<T>>(r);
-  multiply_add<T, tile_rows<T>>(depth, weights, stride, 1, panel, r);
-  add_tile<T, tile_rows<T>>(c, c_stride, r);
+  constexpr int run = Simd<T>::row_run;
+  for (; depth > 0; depth -= run, weights += run * stride, panel += run * lanes<T>) {
+    Accumulators<T, tile_rows<T>> r;
+    clear_tile<T, tile_rows<T>>(r);
+    multiply_add<T, tile_rows<T>>(std::min(depth, run), weights, stride, 1, panel, r);
+    add_tile<T, tile_rows<T>>(c, c_stride, r);
+  }
 }
 
 // Calls body(std::integral_constant<int, height>) with the smallest height of a short list that covers `rows`: strips
