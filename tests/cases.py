@@ -4,7 +4,7 @@ Case(seed) draws everything from its seed: operator, dtype, instruction set, sha
 biases, dropout, modalities, gates, which gradients are asked for. check(case) raises AssertionError with the command
 that repeats the failure:
 
-    python -m tests.cases SEED [ISA]
+    python tests/cases.py SEED [ISA]
 
 What must hold is the promise of the documentation: every result is inside an a-priori bound (bounds.py), element by
 element, or its RMS error is at most twice that of the standard (materialised) implementation at the same precision.
@@ -381,7 +381,7 @@ class Case:
         )
 
     def repeat(self):
-        return f"python -m tests.cases {self.seed} {self.isa}"
+        return f"python tests/cases.py {self.seed} {self.isa}"
 
 
 def given(op, query, key, value, grad_out, grad_lse=None, isa=None, threads=1, **kwargs):
