@@ -95,10 +95,13 @@ def bounds(case, exact):
         "dq": score_gradient * scale * of_row(largest(key.abs().flatten(2))),
         "dk": rows * scale * of_key(score_gradient * query.abs().amax(-1)),
         "dv": rows * of_key(z * gate * a * grad_out.abs().amax(-1)),
-        "db": root(case.batch * case.heads * case.q_len * case.k_len) * largest(score_gradient.flatten()),
-        "dg": root(case.batch * case.heads * case.q_len)
-        * largest((z * (2 * a + u) * value_size * grad_out.abs().sum(-1)).flatten()),
     }
+    pairs = case.batch * case.heads * case.q_len * case.k_len
+    if "db" in exact:
+        bound["db"] = root(pairs / max(1, exact["db"].numel())) * largest(score_gradient.flatten())
+    if "dg" in exact:
+        output_error = z * (2 * a + u) * value_size * grad_out.abs().sum(-1)
+        bound["dg"] = root(2 * a.numel() / max(1, exact["dg"].numel())) * largest(output_error.flatten())
     for name in ("out", "dq"):
         bound[name] = bound[name].masked_fill(~row_seen, 0.0)[..., None]
     for name in ("dk", "dv"):

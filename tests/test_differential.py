@@ -48,9 +48,10 @@ def first_case_with(name):
     """An ordinary one, of which that result is not zero."""
     for seed in range(1000):
         case = Case(seed)
-        if case.dtype == torch.float32 and case.magnitude == 1.0 and case.grads_arrive == "out":
+        ordinary = case.dtype == torch.float32 and case.magnitude == 1.0 and case.kwargs.get("dropout_p", 0) < 0.6
+        if ordinary and case.grads_arrive == "out":
             result = run_kernels(case).get(name)
-            if result is not None and result.numel() and result.abs().max() > 1e-3:
+            if result is not None and result.dtype == torch.float32 and result.abs().sum() > 1e-3:
                 return case
 
 
