@@ -169,8 +169,8 @@ class Case:
                     2**63 - 1,
                 )
                 kwargs["window"] = choose((tuple, list))((choose(sides), choose(sides)))
-            if rand.random() < 0.4 and not self.packed:
-                kwargs["attn_mask"] = self._draw_attn_mask() if rand.random() < 0.6 else self._draw_bias()
+            if rand.random() < 0.5 and not self.packed:
+                kwargs["attn_mask"] = self._draw_attn_mask() if rand.random() < 0.5 else self._draw_bias()
             if rand.random() < 0.35 and not self.packed:
                 kwargs["key_mask"] = self._draw_key_mask()
         else:
