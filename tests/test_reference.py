@@ -525,19 +525,19 @@ def test_merge_attention_of_split_keys():
 def test_attention_map_gives_the_output_back():
     query, key, value = randn(2, 4, 6, 4), randn(2, 4, 8, 4, seed=1), randn(2, 4, 8, 3, seed=2)
     mask, key_mask = randn(4, 1, 8, seed=3), randn(2, 8, seed=4) > -0.5
-    out, lse = reference.attention(query, key, value, mask, is_causal=True, key_mask=key_mask, return_lse=True)
-    kwargs = {"attn_mask": mask, "is_causal": True, "key_mask": key_mask}
+    kwargs = {"attn_mask": mask, "is_causal": True, "key_mask": key_mask, "window": (4, 0), "softcap": 1.5}
+    out, lse = reference.attention(query, key, value, **kwargs, return_lse=True)
     torch.testing.assert_close(reference.attention_map(query, key, lse, **kwargs) @ value, out)
     some = reference.attention_map(query, key, lse, rows=[1, -1], **kwargs)
     torch.testing.assert_close(some @ value, out[:, :, [1, 5]])
     modality = torch.tensor([[1, 2, 2, 1, 1, 3, 1, 0]] * 2)
+    image_id = torch.tensor([[0, 4, 5, 0, 0, 5, 0, 0]] * 2)
     for image_rows in ("self", "block", "causal", "self+text"):
         for merge in ("sum", "lse"):
-            out, lse = reference.mmca_attention(
-                query, key, value, modality, image_rows=image_rows, merge=merge, return_lse=True
-            )
+            kwargs = {"modality": modality, "image_rows": image_rows, "image_id": image_id, "softcap": 2.0}
+            out, lse = reference.mmca_attention(query, key, value, merge=merge, return_lse=True, **kwargs)
             level = lse if merge == "sum" else lse.logsumexp(0)
-            weights = reference.attention_map(query, key, level, modality=modality, image_rows=image_rows)
+            weights = reference.attention_map(query, key, level, **kwargs)
             torch.testing.assert_close(weights @ value, out)
 
 

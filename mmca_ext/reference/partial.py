@@ -2,7 +2,7 @@
 
 import torch
 
-from .inputs import check_key_mask, check_scale, expand_mask, work_dtype
+from .inputs import check_key_mask, check_scale, check_softcap, expand_mask, parse_window, work_dtype
 from .mmca import IMAGE_ROWS, _check_modality, visible_groups
 from .weights import positions, repeat_kv, scores, visible_by_order
 
@@ -53,6 +53,9 @@ def attention_map(
     modality=None,
     image_rows="self",
     scale=None,
+    window=None,
+    softcap=None,
+    image_id=None,
 ):
     """The exact attention weights of chosen rows, exp(s[i,j] - lse[i]), from the LSE of an earlier call.
 
@@ -64,10 +67,8 @@ def attention_map(
         lse: (B, Hq, Lq); with modality the groups' (2, B, Hq, Lq), which gives each key the weight it has in its own
             group's softmax, or a joint (B, Hq, Lq) (for merge="lse": `torch.logsumexp(lse, 0)`).
         rows: which query rows: None for all, an integer, a list or a 1-D integer tensor; negative counts from the end.
-        is_causal, attn_mask, key_mask, modality, image_rows, scale: as in that call.
-
-    The weights are exact for calls made with these arguments alone: a window, an image_id or a softcap of that call
-    cannot be told here, and would make them wrong.
+        is_causal, attn_mask, key_mask, modality, image_rows, scale, window, softcap, image_id: as in that call. What
+            differs from it makes the weights wrong.
 
     Returns:
         (B, Hq, R, Lk) in fp32 (fp64 for fp64), 0 where hidden.
@@ -86,17 +87,19 @@ def attention_map(
     query, lse = query.to(work)[:, :, index], lse.to(work)[..., index]
     place, shape = positions(q_len, k_len, query.device)[index], (batch, heads, len(index), k_len)
     bias = None
+    if image_id is not None and modality is None:
+        raise ValueError("image_id belongs to modality")
     if modality is None:
-        visible = visible_by_order(place, k_len, is_causal, (-1, -1)).expand(shape)
+        visible = visible_by_order(place, k_len, is_causal, parse_window(window)).expand(shape)
     else:
-        if is_causal:
-            raise ValueError("is_causal does not go with modality: the modality rule is causal where it has to be")
+        if is_causal or window is not None:
+            raise ValueError("is_causal and window do not go with modality, whose rule is causal where it has to be")
         if image_rows not in IMAGE_ROWS:
             raise ValueError(f"image_rows must be one of {IMAGE_ROWS}, got {image_rows!r}")
         if q_len > k_len:
             raise ValueError(f"queries are the last Lq of the Lk tokens, got Lq = {q_len} > Lk = {k_len}")
-        _check_modality(modality, None, (batch, k_len))
-        text, image, _ = visible_groups(modality, place, image_rows)
+        _check_modality(modality, image_id, (batch, k_len))
+        text, image, _ = visible_groups(modality, place, image_rows, image_id)
         visible = (text | image).unsqueeze(1).expand(shape)
     if attn_mask is not None:
         attn_mask = expand_mask(attn_mask, (batch, heads, q_len, k_len))[:, :, index]
@@ -115,7 +118,8 @@ def attention_map(
     else:
         level = lse.unsqueeze(-1)
     level = level.masked_fill(level == -torch.inf, 0.0)
-    return (scores(query, key, visible, check_scale(scale, head_dim), bias=bias) - level).exp()
+    s = scores(query, key, visible, check_scale(scale, head_dim), check_softcap(softcap), bias)
+    return (s - level).exp()
 
 
 def _row_index(rows, q_len, device):
