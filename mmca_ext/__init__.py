@@ -11,14 +11,23 @@ _load.load()  # registers torch.ops.mmca_ext.*, or says in one line what is miss
 
 from . import _ops as _ops  # noqa: E402
 from . import functional, nn, reference  # noqa: E402
-from .nn import MGQA, MultiModalCausalAttention, MultiModalCrossAttention, SimpleMMCA  # noqa: E402
+from .nn import (  # noqa: E402
+    MGQA,
+    KVCache,
+    MultiModalCausalAttention,
+    MultiModalCrossAttention,
+    RotaryEmbedding,
+    SimpleMMCA,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MGQA",
+    "KVCache",
     "MultiModalCausalAttention",
     "MultiModalCrossAttention",
+    "RotaryEmbedding",
     "SimpleMMCA",
     "functional",
     "nn",

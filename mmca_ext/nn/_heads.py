@@ -4,14 +4,18 @@ import torch
 
 
 def split_heads(features, heads):
-    """(B, N, H * D) -> (B, H, N, D), a view with heads inside rows: the operators read it and answer in kind."""
-    batch, length, width = features.shape
-    return features.view(batch, length, heads, width // heads).transpose(1, 2)
+    """(B, N, H * D) -> (B, H, N, D), a view with heads inside rows: the operators read it and answer in kind.
+
+    Packed (T, H * D) -> (T, H, D).
+    """
+    *tokens, width = features.shape
+    features = features.view(*tokens, heads, width // heads)
+    return features.transpose(1, 2) if len(tokens) == 2 else features
 
 
 def merge_heads(features):
-    """(B, H, N, D) -> (B, N, H * D), a view of what the operators return for split_heads' queries."""
-    return features.transpose(1, 2).flatten(2)
+    """(B, H, N, D) -> (B, N, H * D), a view of what the operators return for split_heads' queries; packed likewise."""
+    return features.transpose(1, 2).flatten(2) if features.dim() == 4 else features.flatten(1)
 
 
 def check_sizes(**sizes):
@@ -45,17 +49,32 @@ def refuse_linear(linear):
         )
 
 
-def check_input(name, x, dim):
+def check_softcap(softcap):
+    number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
+    if softcap is not None and not (number and 0.0 <= softcap < float("inf")):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+
+
+def check_input(name, x, dim, packed=False):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dim() != 3 or x.shape[2] != dim:
-        raise ValueError(f"{name} must have shape (B, N, {dim}), got {tuple(x.shape)}")
+    if x.dim() != (2 if packed else 3) or x.shape[-1] != dim:
+        shape = f"(T, {dim}) with cu_seqlens" if packed else f"(B, N, {dim})"
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def check_context(name, context, dim, x_name, x):
-    check_input(name, context, dim)
-    if context.shape[0] != x.shape[0]:
+def check_context(name, context, dim, x_name, x, packed=False):
+    check_input(name, context, dim, packed)
+    if not packed and context.shape[0] != x.shape[0]:
         raise ValueError(f"{x_name} and {name} differ in batch: {x.shape[0]} and {context.shape[0]}")
+
+
+def check_ids(name, ids, x):
+    """One integer per token of x; the operators check their values."""
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+    if ids.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have shape {tuple(x.shape[:-1])}, got {tuple(ids.shape)}")
 
 
 def boolean(name, mask):
@@ -79,9 +98,10 @@ def key_mask(name, mask, batch, length):
     """Key padding (B, M) as booleans, or None."""
     if mask is None:
         return None
+    mask = boolean(name, mask)
     if tuple(mask.shape) != (batch, length):
         raise ValueError(f"{name} must have shape (B, M) = ({batch}, {length}), got {tuple(mask.shape)}")
-    return boolean(name, mask)
+    return mask
 
 
 def by_rank(name, mask, batch, heads, q_len, k_len):

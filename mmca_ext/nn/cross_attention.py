@@ -16,6 +16,8 @@ from ._heads import (
     merge_heads,
     split_heads,
 )
+from ._packed import attention_offsets
+from .kv_cache import KVCache, check_cache
 
 STRATEGIES = (None, "concatenate", "average")
 
@@ -86,38 +88,92 @@ class MultiModalCrossAttention(nn.Module):
             self.norm_post_attn = nn.LayerNorm(merged)
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, x, context, mask=None, context_mask=None):
+    def forward(
+        self,
+        x,
+        context=None,
+        mask=None,
+        context_mask=None,
+        *,
+        cu_seqlens=None,
+        context_cu_seqlens=None,
+        max_seqlen=None,
+        context_max_seqlen=None,
+        cache=None,
+    ):
         """Attend from x to context.
 
         Args:
-            x: (B, N, dim).
-            context: (B, M, context_dim).
+            x: (B, N, dim), or sequences packed into (T, dim) with cu_seqlens.
+            context: (B, M, context_dim), or (T', context_dim) with context_cu_seqlens.
             mask: as at construction; both apply.
             context_mask: (B, M), True (or 1) = attend: padding of the context.
+            cu_seqlens, context_cu_seqlens: int32 or int64 (S + 1,) offsets of S packed sequences and their contexts. No
+                masks and no cache go with them.
+            max_seqlen, context_max_seqlen: upper bounds on the packed lengths.
+            cache: of `cache_context`, in place of context and context_mask.
 
         Returns:
-            (B, N, dim). A row that may attend to nothing is the projection's bias.
+            (B, N, dim) or (T, dim). A row that may attend to nothing is the projection's bias.
         """
-        check_input("x", x, self.dim)
-        check_context("context", context, self.context_dim, "x", x)
-        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        given = {"mask": mask, "mask (at construction)": self.mask, "context_mask": context_mask, "cache": cache}
+        offsets = attention_offsets(context, cu_seqlens, context_cu_seqlens, max_seqlen, context_max_seqlen, given)
+        check_input("x", x, self.dim, packed=bool(offsets))
+        if cache is None:
+            check_context("context", context, self.context_dim, "x", x, packed=bool(offsets))
+            key, value = self._keys_and_values(context)
+            padding = key_mask("context_mask", context_mask, *context.shape[:2])
+        else:
+            self._check_cache(cache, x, context, context_mask)
+            key, value, padding = cache.keys, cache.values, cache.key_mask
+        query = self.to_q(x)
         if self.qk:
-            query, key = self.norm_q(query), self.norm_k(key)
+            query = self.norm_q(query)
         out = functional.attention(
             split_heads(query, self.heads),
-            split_heads(key, self.heads),
-            split_heads(value, self.heads),
-            self._attn_mask(mask, x.shape[1], context),
+            key,
+            value,
+            self._attn_mask(mask, x, key.shape[2]),
             self.dropout if self.training else 0.0,
-            key_mask=key_mask("context_mask", context_mask, *context.shape[:2]),
+            key_mask=padding,
+            **offsets,
         )
         out = out.mean(1) if self.attention_strategy == "average" else merge_heads(out)
         if self.post_attn_norm:
             out = self.norm_post_attn(out)
         return self.to_out(out)
 
-    def _attn_mask(self, mask, q_len, context):
-        shape = (context.shape[0], self.heads, q_len, context.shape[1])
+    def cache_context(self, context, context_mask=None):
+        """The keys and values of a context, once for many calls: `layer(x, cache=layer.cache_context(context))`.
+
+        Args:
+            context: (B, M, context_dim).
+            context_mask: (B, M), True (or 1) = attend.
+
+        Returns:
+            A frozen KVCache.
+        """
+        check_input("context", context, self.context_dim)
+        padding = key_mask("context_mask", context_mask, *context.shape[:2])
+        return KVCache.of_context(*self._keys_and_values(context), padding)
+
+    def _keys_and_values(self, context):
+        key, value = self.to_k(context), self.to_v(context)
+        if self.qk:
+            key = self.norm_k(key)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def _check_cache(self, cache, x, context, context_mask):
+        check_cache(cache, x.shape[0], self.heads, self.dim_head)
+        if not cache.frozen:
+            raise ValueError("cache must be one of `cache_context`")
+        if context is not None:
+            raise ValueError("context does not go with cache, which stands for one")
+        if context_mask is not None:
+            raise ValueError("context_mask goes to `cache_context`: the cache knows the padding of its context")
+
+    def _attn_mask(self, mask, x, k_len):
+        shape = (x.shape[0], self.heads, x.shape[1], k_len)
         given = [by_rank("mask", boolean("mask", m), *shape) for m in (self.mask, mask) if m is not None]
         if not given:
             return None

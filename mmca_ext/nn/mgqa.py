@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional, reference
+from ..reference.inputs import parse_window
 from ._heads import (
     boolean,
     by_rank,
@@ -13,18 +14,22 @@ from ._heads import (
     check_heads,
     check_input,
     check_sizes,
+    check_softcap,
     key_mask,
     merge_heads,
     refuse_linear,
     split_heads,
 )
+from ._packed import attention_offsets
+from .kv_cache import KVCache, check_cache
+from .rotary import check_rotary, rotate_heads
 
 QK_NORM_SCALE = 10.0  # the published default
 
 
-def l2_normalised(query, key, value):
-    """Queries and keys of length 1 per head, in value's dtype (autocast would leave them in another)."""
-    return F.normalize(query, dim=-1).to(value.dtype), F.normalize(key, dim=-1).to(value.dtype)
+def l2_normalised(heads):
+    """Heads of length 1, in their dtype (autocast would leave them in another)."""
+    return F.normalize(heads, dim=-1).to(heads.dtype)
 
 
 class MGQA(nn.Module):
@@ -41,7 +46,10 @@ class MGQA(nn.Module):
         qk_norm: l2-normalise queries and keys per head and score with scale 10, in place of 1 / sqrt(dim_head).
         context_dim: features of a context; None: dim.
         linear: linear attention; not built yet.
-        flash: False computes the same through `mmca_ext.reference`, readable and slow, and takes `bias`.
+        flash: False computes the same through `mmca_ext.reference`, readable and slow.
+        softcap: s = softcap * tanh(s / softcap) bounds the scores (Gemma 2, arXiv 2408.00118); None: no bound.
+        window: (left, right): row i at p = i + (M - N) sees the keys p - left <= j <= p + right; None is unbounded.
+        rotary: a RotaryEmbedding of dim_head features, for queries and keys of self-attention.
 
     Parameters: to_q.weight, to_k.weight, to_v.weight, to_out.weight. No biases.
 
@@ -61,6 +69,10 @@ class MGQA(nn.Module):
         context_dim=None,
         linear=False,
         flash=True,
+        *,
+        softcap=None,
+        window=None,
+        rotary=None,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -69,6 +81,9 @@ class MGQA(nn.Module):
         check_heads(heads, kv_heads, dim_head)
         check_dropout(dropout)
         refuse_linear(linear)
+        check_softcap(softcap)
+        parse_window(window)
+        check_rotary(rotary, dim_head)
         self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
         self.causal, self.dropout, self.qk_norm, self.context_dim, self.flash = (
             causal,
@@ -77,50 +92,71 @@ class MGQA(nn.Module):
             context_dim,
             flash,
         )
+        self.softcap, self.window, self.rotary = softcap, window, rotary
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(context_dim, kv_heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, kv_heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, x, context=None, mask=None, context_mask=None, attn_mask=None, bias=None):
-        """Attend from x to itself, or to context.
+    def forward(
+        self,
+        x,
+        context=None,
+        mask=None,
+        context_mask=None,
+        attn_mask=None,
+        bias=None,
+        *,
+        positions=None,
+        cu_seqlens=None,
+        context_cu_seqlens=None,
+        max_seqlen=None,
+        context_max_seqlen=None,
+        cache=None,
+    ):
+        """Attend from x to itself, to context, or to what a cache holds and x.
 
         Args:
-            x: (B, N, dim).
-            context: (B, M, context_dim), or None for self-attention.
+            x: (B, N, dim), or sequences packed into (T, dim) with cu_seqlens.
+            context: (B, M, context_dim), or (T', context_dim) with context_cu_seqlens, or None for self-attention.
             mask: (B, N), True (or 1) = attend: padding of x's keys, for self-attention.
             context_mask: (B, M), the same for a context.
             attn_mask: True (or 1) = attend, by rank: (N|1, M), (B|1, N|1, M) or (B|1, H|1, N|1, M).
-            bias: float, of the same shapes, added to the scores, with a gradient if it requires one; needs flash=False
-                until the kernels have it.
+            bias: float, of the same shapes, added to the scores, with a gradient if it requires one.
+            positions: of x's tokens, for rotary: see RotaryEmbedding.table, which may be given in their place. By
+                default 0, 1, 2, ... in each sequence, or on from the cache's tokens, padding included.
+            cu_seqlens, context_cu_seqlens: int32 or int64 (S + 1,) offsets of S packed sequences; each attends to
+                itself, or to its context. No masks, bias or cache go with them.
+            max_seqlen, context_max_seqlen: upper bounds on the packed lengths.
+            cache: a KVCache. x is then the tokens that follow those in it (`mask` is theirs): they are appended, and M
+                counts all. For causal=True this is what a call on the whole sequence gives these rows. A cache of
+                `cache_context` takes the place of context and context_mask.
 
         Returns:
-            (B, N, dim); 0 for a row that may attend to nothing.
+            (B, N, dim) or (T, dim); 0 for a row that may attend to nothing.
         """
-        check_input("x", x, self.dim)
-        if context is None:
-            if self.context_dim != self.dim:
-                raise ValueError(f"context_dim={self.context_dim} is not dim={self.dim}, so the call needs a context")
+        apart = {"mask": mask, "context_mask": context_mask, "attn_mask": attn_mask, "bias": bias, "cache": cache}
+        offsets = attention_offsets(context, cu_seqlens, context_cu_seqlens, max_seqlen, context_max_seqlen, apart)
+        check_input("x", x, self.dim, packed=bool(offsets))
+        if cache is not None:
+            check_cache(cache, x.shape[0], self.kv_heads, self.dim_head)
+        query = split_heads(self.to_q(x), self.heads)
+        if self.qk_norm:
+            query = l2_normalised(query)
+        if context is None and not (cache is not None and cache.frozen):
             if context_mask is not None:
                 raise ValueError("context_mask belongs to a context; the padding of x's own keys is `mask`")
-            source, padding = x, key_mask("mask", mask, *x.shape[:2])
+            before = 0 if cache is None else cache.length
+            attn_mask = self._attn_mask(attn_mask, bias, x, before + x.shape[-2])
+            query, key, value, padding = self._own_keys(query, x, mask, positions, cu_seqlens, cache)
         else:
-            if mask is not None:
-                raise ValueError(
-                    "mask is the padding of x's keys, and with a context the keys are its: use context_mask"
-                )
-            check_context("context", context, self.context_dim, "x", x)
-            source, padding = context, key_mask("context_mask", context_mask, *context.shape[:2])
-
-        query = split_heads(self.to_q(x), self.heads)
-        key = split_heads(self.to_k(source), self.kv_heads)
-        value = split_heads(self.to_v(source), self.kv_heads)
-        scale = None
-        if self.qk_norm:
-            query, key = l2_normalised(query, key, value)
-            scale = QK_NORM_SCALE
-        if attn_mask is not None or bias is not None:
-            attn_mask = self._attn_mask(attn_mask, bias, x.shape[0], x.shape[1], source.shape[1])
+            self._check_context(x, context, mask, context_mask, positions, cache, packed=bool(offsets))
+            if cache is None:
+                key, value = self._keys_and_values(context)
+                padding = key_mask("context_mask", context_mask, *context.shape[:2])
+            else:
+                key, value, padding = cache.keys, cache.values, cache.key_mask
+            attn_mask = self._attn_mask(attn_mask, bias, x, key.shape[2])
         out = (functional if self.flash else reference).attention(
             query,
             key,
@@ -128,26 +164,71 @@ class MGQA(nn.Module):
             attn_mask,
             self.dropout if self.training else 0.0,
             self.causal,
-            scale,
+            QK_NORM_SCALE if self.qk_norm else None,
             key_mask=padding,
+            window=self.window,
+            softcap=self.softcap,
+            **offsets,
         )
         return self.to_out(merge_heads(out))
 
-    def _attn_mask(self, attn_mask, bias, batch, q_len, k_len):
-        shape = (batch, self.heads, q_len, k_len)
+    def cache_context(self, context, context_mask=None):
+        """The keys and values of a context, once for many calls: `layer(x, cache=layer.cache_context(context))`.
+
+        Args:
+            context: (B, M, context_dim).
+            context_mask: (B, M), True (or 1) = attend.
+
+        Returns:
+            A frozen KVCache; layers attend to it and append nothing.
+        """
+        check_input("context", context, self.context_dim)
+        padding = key_mask("context_mask", context_mask, *context.shape[:2])
+        return KVCache.of_context(*self._keys_and_values(context), padding)
+
+    def _keys_and_values(self, source):
+        key = split_heads(self.to_k(source), self.kv_heads)
+        value = split_heads(self.to_v(source), self.kv_heads)
+        return l2_normalised(key) if self.qk_norm else key, value
+
+    def _own_keys(self, query, x, mask, positions, cu_seqlens, cache):
+        """The queries, rotated, and the keys, values and padding of x behind what the cache holds."""
+        if self.context_dim != self.dim:
+            raise ValueError(f"context_dim={self.context_dim} is not dim={self.dim}, so the call needs a context")
+        padding = key_mask("mask", mask, *x.shape[:2])
+        key, value = self._keys_and_values(x)
+        query, key = rotate_heads(self.rotary, query, key, positions, cu_seqlens, cache)
+        if cache is None:
+            return query, key, value, padding
+        cache.append(key, value, None if padding is None else padding.int())
+        return query, cache.keys, cache.values, cache.key_mask
+
+    def _check_context(self, x, context, mask, context_mask, positions, cache, packed):
+        if mask is not None:
+            raise ValueError("mask is the padding of x's keys, and with a context the keys are its: use context_mask")
+        if self.rotary is not None or positions is not None:
+            raise ValueError("positions and rotary are for self-attention, where they are those of one sequence")
+        if cache is None:
+            check_context("context", context, self.context_dim, "x", x, packed)
+        elif context is not None:
+            raise ValueError("context does not go with cache: `cache_context` makes a cache that stands for a context")
+        elif context_mask is not None:
+            raise ValueError("context_mask goes to `cache_context`: the cache knows the padding of its context")
+
+    def _attn_mask(self, attn_mask, bias, x, k_len):
+        shape = (x.shape[0], self.heads, x.shape[1], k_len)
         if attn_mask is not None:
             attn_mask = by_rank("attn_mask", boolean("attn_mask", attn_mask), *shape)
         if bias is None:
             return attn_mask
         if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
             raise TypeError(f"bias must be a floating-point tensor, got {getattr(bias, 'dtype', type(bias).__name__)}")
-        if self.flash:
-            raise NotImplementedError("bias is not built into the kernels yet; flash=False (mmca_ext.reference) has it")
         bias = by_rank("bias", bias, *shape)
         return bias if attn_mask is None else bias.masked_fill(~attn_mask, -torch.inf)
 
     def extra_repr(self):
         return (
             f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, dim_head={self.dim_head}, "
-            f"causal={self.causal}, dropout={self.dropout}, qk_norm={self.qk_norm}, flash={self.flash}"
+            f"causal={self.causal}, dropout={self.dropout}, qk_norm={self.qk_norm}, flash={self.flash}, "
+            f"softcap={self.softcap}, window={self.window}"
         )

@@ -1,20 +1,28 @@
 """Multi-modal causal attention over one interleaved sequence of text and image tokens."""
 
+import torch
 from torch import nn
 
 from .. import functional, reference
-from ..reference.mmca import IMAGE_ROWS, MERGES
+from ..reference.mmca import IMAGE_ROWS
 from ._heads import (
     check_choice,
     check_dropout,
     check_heads,
+    check_ids,
     check_input,
     check_sizes,
+    check_softcap,
     merge_heads,
     refuse_linear,
     split_heads,
 )
+from ._packed import check_packing
+from .kv_cache import check_cache
 from .mgqa import QK_NORM_SCALE, l2_normalised
+from .rotary import check_rotary, rotate_heads
+
+MERGES = ("sum", "lse", "gate")  # functional's "none" gives two results, and a layer one
 
 
 class MultiModalCausalAttention(nn.Module):
@@ -28,12 +36,18 @@ class MultiModalCausalAttention(nn.Module):
         dim_head: features per head, 1 to 256.
         dropout: probability of dropping an attention weight, in training only.
         image_rows: "self" (the paper: its own value), "block" (its whole image), "causal" (like text) or "self+text".
-        merge: "sum" (the paper) or "lse" (one joint softmax: what weights trained with causal attention expect).
+        merge: "sum" (the paper), "lse" (one joint softmax: what weights trained with causal attention expect) or
+            "gate": tanh(image_gate) weighs the image term of text rows, per query head. It starts at 0, where text rows
+            are those of the language model alone: the gated cross-attention of Flamingo (arXiv 2204.14198, section
+            2.2), also in Llama 3.2. Image rows, whose image term is their own output, are not gated.
         qk_norm: l2-normalise queries and keys per head and score with scale 10, in place of 1 / sqrt(dim_head).
         linear: linear attention; not built yet.
         flash: False computes the same through `mmca_ext.reference`, readable and slow.
+        softcap: s = softcap * tanh(s / softcap) bounds the scores; None: no bound.
+        rotary: a RotaryEmbedding of dim_head features, for queries and keys.
 
-    Parameters: to_qkv.weight ((heads + 2 kv_heads) * dim_head rows: queries, keys, values), to_out.weight. No biases.
+    Parameters: to_qkv.weight ((heads + 2 kv_heads) * dim_head rows: queries, keys, values), to_out.weight, with
+    merge="gate" image_gate (heads,). No biases.
 
     Raises:
         ValueError, TypeError: at construction and at the call, naming the argument, its value and what is accepted.
@@ -51,6 +65,9 @@ class MultiModalCausalAttention(nn.Module):
         qk_norm=False,
         linear=False,
         flash=True,
+        *,
+        softcap=None,
+        rotary=None,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -59,35 +76,53 @@ class MultiModalCausalAttention(nn.Module):
         check_dropout(dropout)
         check_choice("image_rows", image_rows, IMAGE_ROWS)
         check_choice("merge", merge, MERGES)
-        if merge not in ("sum", "lse"):
-            raise NotImplementedError(
-                f"merge={merge!r} is not built into the layer; mmca_ext.reference.mmca_attention has it"
-            )
         refuse_linear(linear)
+        check_softcap(softcap)
+        check_rotary(rotary, dim_head)
         self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
         self.dropout, self.image_rows, self.merge = dropout, image_rows, merge
-        self.qk_norm, self.flash = qk_norm, flash
+        self.qk_norm, self.flash, self.softcap, self.rotary = qk_norm, flash, softcap, rotary
         self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        if merge == "gate":
+            self.image_gate = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, x, modality, image_id=None):
+    def forward(self, x, modality, image_id=None, *, positions=None, cu_seqlens=None, max_seqlen=None, cache=None):
         """Attend within one interleaved sequence.
 
         Args:
-            x: (B, N, dim).
-            modality: integers (B, N): 0 padding, 1 text, 2 and above image.
-            image_id: integers (B, N), tells neighbouring images apart for image_rows="block".
+            x: (B, N, dim), or sequences packed into (T, dim) with cu_seqlens.
+            modality: integers (B, N) or (T,): 0 padding, 1 text, 2 and above image.
+            image_id: integers like modality, tells neighbouring images apart for image_rows="block".
+            positions: of x's tokens, for rotary: see RotaryEmbedding.table, which may be given in their place. By
+                default 0, 1, 2, ... in each sequence, or on from the cache's tokens, padding included.
+            cu_seqlens: int32 or int64 (S + 1,) offsets of S packed sequences, each attending to itself.
+            max_seqlen: an upper bound on the packed lengths.
+            cache: a KVCache. x and modality are then those of the tokens that follow the ones in it: they are appended,
+                and get the rows that a call on the whole sequence would give them. With image_rows="block", whose rows
+                see later tokens, an image must come in one call.
 
         Returns:
-            (B, N, dim); 0 for padding.
+            (B, N, dim) or (T, dim); 0 for padding.
         """
-        check_input("x", x, self.dim)
+        check_packing(cu_seqlens, {"max_seqlen": max_seqlen}, {"cache": cache})
+        check_input("x", x, self.dim, packed=cu_seqlens is not None)
+        check_ids("modality", modality, x)
+        if image_id is not None:
+            check_ids("image_id", image_id, x)
+        if cache is not None:
+            check_cache(cache, x.shape[0], self.kv_heads, self.dim_head)
+            self._check_images_whole(modality, image_id, cache)
         heads = split_heads(self.to_qkv(x), self.heads + 2 * self.kv_heads)
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        scale = None
         if self.qk_norm:
-            query, key = l2_normalised(query, key, value)
-            scale = QK_NORM_SCALE
+            query, key = l2_normalised(query), l2_normalised(key)
+        query, key = rotate_heads(self.rotary, query, key, positions, cu_seqlens, cache)
+        gate = self._gate(modality) if self.merge == "gate" else None
+        if cache is not None:
+            cache.append(key, value, modality, image_id)
+            key, value, modality = cache.keys, cache.values, cache.modality
+            image_id = cache.image_id if self.image_rows == "block" else None
         out = (functional if self.flash else reference).mmca_attention(
             query,
             key,
@@ -95,11 +130,39 @@ class MultiModalCausalAttention(nn.Module):
             modality,
             image_rows=self.image_rows,
             merge=self.merge,
+            gate=gate,
             image_id=image_id,
             dropout_p=self.dropout if self.training else 0.0,
-            scale=scale,
+            scale=QK_NORM_SCALE if self.qk_norm else None,
+            softcap=self.softcap,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
         return self.to_out(merge_heads(out))
+
+    def _gate(self, modality):
+        """Weights of text and image term, (B, Hq, N, 2) or (T, Hq, 2): all 1 but that of the image in text rows."""
+        weight = self.image_gate.tanh()
+        image_row = modality.unsqueeze(1) >= 2
+        if modality.dim() == 2:
+            weight = weight.unsqueeze(1)
+        weight = torch.where(image_row, 1.0, weight)
+        return torch.stack((torch.ones_like(weight), weight), dim=-1)
+
+    def _check_images_whole(self, modality, image_id, cache):
+        """Rows of the cache's last image cannot see tokens that come now. Looked at where it waits for no device."""
+        if self.image_rows != "block" or not cache.length or modality.device.type != "cpu":
+            return
+        if torch.compiler.is_compiling() or not modality.shape[1]:
+            return
+        ids = modality if image_id is None else image_id
+        continued = (cache.image_id[:, -1] == ids[:, 0]) & (cache.modality[:, -1] >= 2) & (modality[:, 0] >= 2)
+        if bool(continued.any()):
+            raise ValueError(
+                f"modality goes on with the image that ends the cache (sequence {int(continued.int().argmax())}), but "
+                'under image_rows="block" its earlier rows would see these tokens: append an image in one call, or '
+                "tell two images apart by image_id"
+            )
 
     def extra_repr(self):
         return (

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ._heads import check_context, check_input, check_sizes
+from .kv_cache import KVCache
 from .mgqa import MGQA
 
 
@@ -14,6 +15,13 @@ class SimpleMMCAOutput(NamedTuple):
 
     visual: torch.Tensor
     text: torch.Tensor
+
+
+class SimpleMMCACache(NamedTuple):
+    """What SimpleMMCA.decode keeps: the keys and values of the text so far, and those of the image, encoded once."""
+
+    text: KVCache
+    visual: KVCache
 
 
 class SimpleMMCA(nn.Module):
@@ -66,20 +74,76 @@ class SimpleMMCA(nn.Module):
         self.textual_self_attn = mgqa(causal=causal)
         self.cross_attn = mgqa(causal=False)
 
-    def forward(self, v, t, visual_mask=None, text_mask=None):
+    def forward(
+        self,
+        v,
+        t,
+        visual_mask=None,
+        text_mask=None,
+        *,
+        visual_cu_seqlens=None,
+        text_cu_seqlens=None,
+        visual_max_seqlen=None,
+        text_max_seqlen=None,
+    ):
         """Attend within and across the modalities.
 
         Args:
-            v: visual tokens (B, Nv, dim).
-            t: text tokens (B, Nt, dim).
+            v: visual tokens (B, Nv, dim), or sequences packed into (Tv, dim) with visual_cu_seqlens.
+            t: text tokens (B, Nt, dim), or (Tt, dim) with text_cu_seqlens.
             visual_mask: (B, Nv), True (or 1) = attend: padding of the visual tokens, as keys of both modalities.
             text_mask: (B, Nt), the same of the text.
+            visual_cu_seqlens, text_cu_seqlens: int32 or int64 (S + 1,) offsets of S packed samples, given together. No
+                masks go with them.
+            visual_max_seqlen, text_max_seqlen: upper bounds on the packed lengths.
 
         Returns:
-            The named tuple (visual (B, Nv, dim), text (B, Nt, dim)).
+            The named tuple (visual (B, Nv, dim), text (B, Nt, dim)), or ((Tv, dim), (Tt, dim)).
         """
+        packed = visual_cu_seqlens is not None
+        if packed != (text_cu_seqlens is not None):
+            raise ValueError("visual_cu_seqlens and text_cu_seqlens go together")
+        check_input("v", v, self.dim, packed)
+        check_context("t", t, self.dim, "v", v, packed)
+        of_visual = {"cu_seqlens": visual_cu_seqlens, "max_seqlen": visual_max_seqlen}
+        of_text = {"cu_seqlens": text_cu_seqlens, "max_seqlen": text_max_seqlen}
+        of_context = {f"context_{name}": value for name, value in of_visual.items()}
+        visual = self.visual_self_attn(v, mask=visual_mask, **of_visual)
+        text = self.textual_self_attn(t, mask=text_mask, **of_text)
+        cross = self.cross_attn(text, visual, context_mask=visual_mask, **of_text, **of_context)
+        return SimpleMMCAOutput(visual, text + cross)
+
+    def make_cache(self, v, capacity, visual_mask=None):
+        """Encode the image once, for `decode`.
+
+        Args:
+            v: visual tokens (B, Nv, dim).
+            capacity: the most text tokens there will be, padding included.
+            visual_mask: (B, Nv), True (or 1) = attend.
+
+        Returns:
+            SimpleMMCACache, without text yet.
+        """
+        if not self.textual_self_attn.causal:
+            raise ValueError("generation needs causal=True: else every text token changes the rows before it")
         check_input("v", v, self.dim)
-        check_context("t", t, self.dim, "v", v)
         visual = self.visual_self_attn(v, mask=visual_mask)
-        text = self.textual_self_attn(t, mask=text_mask)
-        return SimpleMMCAOutput(visual, text + self.cross_attn(text, visual, context_mask=visual_mask))
+        text = KVCache.for_layer(self.textual_self_attn, v.shape[0], capacity, visual.dtype)
+        return SimpleMMCACache(text, self.cross_attn.cache_context(visual, visual_mask))
+
+    def decode(self, t, cache, text_mask=None):
+        """The rows that `forward` would give the text tokens t, which follow those in the cache and are put there.
+
+        Args:
+            t: text tokens (B, n, dim).
+            cache: of `make_cache`.
+            text_mask: (B, n), True (or 1) = attend: padding, as left of a shorter prompt.
+
+        Returns:
+            text (B, n, dim).
+        """
+        if not isinstance(cache, SimpleMMCACache):
+            raise TypeError(f"cache must be a SimpleMMCACache of make_cache, got {type(cache).__name__}")
+        check_input("t", t, self.dim)
+        text = self.textual_self_attn(t, mask=text_mask, cache=cache.text)
+        return text + self.cross_attn(text, cache=cache.visual)
