@@ -313,9 +313,12 @@ class Backward {
     void score(std::int64_t entry, int s, int count, Range all, std::int32_t key, int packed, int column) {
       T* scores = weights_ + s * strip_rows * stride + column;
       T* grads = score_grads_ + s * strip_rows * stride + column;
-      const bool whole = !visibility_.has_mask() && key >= all.begin && key + width <= all.end;
-      const auto tile =
-          whole ? Visibility::all : visibility_.template look<width>(entry + s * strip_rows, count, key, visible_);
+      const std::int64_t first_entry = entry + s * strip_rows;
+      const bool finite_bias = !natural_ || shape_.read_bias(first_entry, count, key);
+      const bool pairs = visibility_.has_mask() || !finite_bias;
+      auto tile = Visibility::all;
+      if (pairs || key < all.begin || key + width > all.end)
+        tile = visibility_.look<width>(first_entry, count, key, finite_bias ? nullptr : shape_.bias(), visible_);
       if (tile == Visibility::none) {
         for (int r = 0; r < strip_rows; ++r) {
           std::fill_n(scores + r * stride, width, -infinity<T>);
@@ -328,14 +331,13 @@ class Backward {
       score_tile<T, strip_rows, stride>(value_dim_, grad_strips_ + s * value_strip_size_,
                                         value_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_value_dim_,
                                         grads);
-      const std::int64_t first_entry = entry + s * strip_rows;
       if (natural_)
-        shape_.template apply<width, stride>(first_entry, count, key, scores,
-                                             slopes_ ? slopes_ + s * strip_rows * stride + column : nullptr);
+        shape_.template apply<stride>(count, scores, slopes_ ? slopes_ + s * strip_rows * stride + column : nullptr);
       if (tile == Visibility::all) return;
       // A hidden product may have overflowed, and padding rows must not meet a hidden NaN either.
-      visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, scores, stride, -infinity<T>);
-      visibility_.template hide<width>(first_entry, count, strip_rows, key, visible_, grads, stride, T(0));
+      const std::uint8_t* visible = pairs ? visible_ : nullptr;
+      visibility_.hide<width>(first_entry, count, strip_rows, key, visible, scores, stride, -infinity<T>);
+      visibility_.hide<width>(first_entry, count, strip_rows, key, visible, grads, stride, T(0));
     }
 
     // Row r of the block: scores become P Z, and dO' V^T becomes dS.
@@ -375,8 +377,13 @@ class Backward {
       const Range range = rows_.range(item_.group, entry);
       const Output& out = problem_.grad_bias;
       T* sum = static_cast<T*>(out.data) + out.offset(row.head, row.row);
-      for (int k = std::max(from, range.begin - first); k < std::min(to, range.end - first); ++k)
-        sum[keys_.position(first + k) * out.feature] += grads[k];
+      const int begin = std::max(from, range.begin - first), end = std::min(to, range.end - first);
+      if (keys_.identity() && out.feature == 1) {
+        sum += first;
+        for (int k = begin; k < end; ++k) sum[k] += grads[k];
+      } else {
+        for (int k = begin; k < end; ++k) sum[keys_.position(first + k) * out.feature] += grads[k];
+      }
     }
 
     // Does one block of keys hold everything that the entry's softmax sums over?
@@ -498,7 +505,7 @@ class Backward {
     const ExponentScale<T> scale_;
     const KeyList& keys_;
     const Visibility visibility_;
-    const ScoreShape<T> shape_;
+    ScoreShape<T, width> shape_;
     const BackwardHead& head_;
     const BackwardItem& item_;
     const int head_dim_, value_dim_, padded_head_dim_, padded_value_dim_, strip_size_, value_strip_size_, range_keys_;

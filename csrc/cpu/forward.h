@@ -180,7 +180,7 @@ class Forward {
     // S = Q K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
     void score(int group, int block, int rows, std::int32_t first, int keys, std::uint64_t* live) {
       const Visibility visibility(rows_, rows_.plan.keys[group], group);
-      const ScoreShape<T> shape(rows_, rows_.plan.keys[group]);
+      ScoreShape<T, width> shape(rows_, rows_.plan.keys[group]);
       StripRange range[block_strips];
       const int strips = (rows + strip_rows - 1) / strip_rows;
       for (int s = 0; s < strips; ++s) {
@@ -196,9 +196,12 @@ class Forward {
           const int n = std::min(strip_rows, rows - s * strip_rows);
           T* scores = scores_ + s * strip_rows * stride + c;
           T* row_max = row_max_ + s * strip_rows * S::width;
+          const std::int64_t entry = begin_ + block + s * strip_rows;
+          const bool finite_bias = !natural_ || shape.read_bias(entry, n, key);
+          const bool pairs = visibility.has_mask() || !finite_bias;
           auto tile = Visibility::all;
-          if (visibility.has_mask() || key < range[s].all.begin || key + width > range[s].all.end)
-            tile = visibility.look<width>(begin_ + block + s * strip_rows, n, key, visible_);
+          if (pairs || key < range[s].all.begin || key + width > range[s].all.end)
+            tile = visibility.look<width>(entry, n, key, finite_bias ? nullptr : shape.bias(), visible_);
           if (tile == Visibility::none) {
             for (int r = 0; r < n; ++r) std::fill_n(scores + r * stride, width, -infinity<T>);
             continue;
@@ -218,9 +221,9 @@ class Forward {
             with_tile_height<T>(
                 n, [&](auto height) { score_tile<T, height.value, stride>(head_dim_, strip, panel, scores); });
           }
-          if (natural_) shape.template apply<width, stride>(begin_ + block + s * strip_rows, n, key, scores, nullptr);
+          if (natural_) shape.template apply<stride>(n, scores, nullptr);
           if (tile == Visibility::some)
-            visibility.hide<width>(begin_ + block + s * strip_rows, n, n, key, visible_, scores, stride, -infinity<T>);
+            visibility.hide<width>(entry, n, n, key, pairs ? visible_ : nullptr, scores, stride, -infinity<T>);
           for (int r = 0; r < n; ++r) {
             T *row = scores + r * stride, *best = row_max + r * S::width;
             S::store(best, S::max(S::load(best), S::max(S::load(row), S::load(row + S::width))));

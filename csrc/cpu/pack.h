@@ -10,7 +10,7 @@
 template <class T, class Storage>
 MMCA_INLINE void widen_row(const Storage* source, std::int64_t step, int count, T* out) {
   int d = 0;
-  if constexpr (!std::is_floating_point_v<Storage>)
+  if constexpr (!std::is_floating_point_v<Storage> && sizeof(T) == 4)
     if (step == 1)
       for (; d + Simd<T>::width <= count; d += Simd<T>::width) Simd<T>::storeu(out + d, Simd<T>::widen(source + d));
   if (step == 1) {

@@ -59,22 +59,6 @@ inline StripRange strip_range(const RowList& rows, int group, std::int64_t begin
   return strip;
 }
 
-// The bias of a row and keys key..key+count-1 of a list; 0 past its end.
-template <class T>
-MMCA_NOINLINE void read_bias(const RowList& rows, const KeyList& keys, Row row, std::int32_t key, int count, T* out) {
-  const Input& bias = rows.problem.bias;
-  const int listed = std::clamp(keys.size - key, 0, count);
-  with_elements(rows.problem.bias_dtype, bias.data, [&](const auto* data) {
-    data += bias.offset(row.head, row.row);
-    if (keys.identity() && bias.feature == 1) {
-      for (int c = 0; c < listed; ++c) out[c] = static_cast<T>(data[key + c]);
-    } else {
-      for (int c = 0; c < listed; ++c) out[c] = static_cast<T>(data[keys.position(key + c) * bias.feature]);
-    }
-  });
-  for (int c = listed; c < count; ++c) out[c] = T(0);
-}
-
 // The keys of one group as the tiles meet them: which of a tile's row-key pairs are visible.
 class Visibility {
  public:
@@ -89,35 +73,39 @@ class Visibility {
     return key >= range.begin && key < range.end && mask(rows.at(entry), key);
   }
 
-  // Is there more to it than ranges? A bias of -inf hides, too.
-  bool has_mask() const { return rows.problem.attn_mask.data || rows.problem.bias.data; }
+  bool has_mask() const { return rows.problem.attn_mask.data != nullptr; }
 
+  // A bias of -inf hides, too.
   bool mask(Row row, std::int32_t key) const {
     const auto& mask = rows.problem.attn_mask;
     if (mask.data && !mask.data[mask.offset(row.head, row.row) + keys.position(key) * mask.feature]) return false;
-    double bias = 0;
-    if (rows.problem.bias.data) read_bias(rows, keys, row, key, 1, &bias);
-    return bias != -infinity<double>;
+    bool hidden = false;
+    const Input& bias = rows.problem.bias;
+    if (bias.data)
+      with_elements(rows.problem.bias_dtype, bias.data, [&](const auto* data) {
+        hidden = double(data[bias.offset(row.head, row.row) + keys.position(key) * bias.feature]) == -infinity<double>;
+      });
+    return !hidden;
   }
 
   enum Tile { none, some, all };
 
-  // How much of a tile that the rows' ranges touch, but do not all cover, is visible: entries begin..begin+count-1,
-  // keys key..key+width-1. With a mask the pairs are written to visible[count][width]; without one the ranges say it
-  // all.
-  template <int width>
-  MMCA_NOINLINE Tile look(std::int64_t begin, int count, std::int32_t key, std::uint8_t* visible) const {
-    if (!has_mask()) return some;
+  // How much of a tile is visible that the rows' ranges do not all cover, or a mask or a bias (rows of the tile, null:
+  // none) may hide: entries begin..begin+count-1, keys key..key+width-1. With one of these the pairs are written to
+  // visible[count][width]; otherwise the ranges say it all.
+  template <int width, class T>
+  MMCA_NOINLINE Tile look(std::int64_t begin, int count, std::int32_t key, const T* const* bias,
+                          std::uint8_t* visible) const {
+    if (!has_mask() && !bias) return some;
     const auto& mask = rows.problem.attn_mask;
-    double bias[width];
     int seen = 0;
     for (int r = 0; r < count; ++r) {
       std::uint8_t* out = visible + r * width;
       const auto [from, to] = columns<width>(begin + r, key);
-      const Row row = rows.at(begin + r);
       std::fill_n(out, width, std::uint8_t{0});
       std::fill_n(out + from, to - from, std::uint8_t{1});
-      if (mask.data) {
+      if (has_mask()) {
+        const Row row = rows.at(begin + r);
         const std::uint8_t* source = mask.data + mask.offset(row.head, row.row);
         if (keys.identity() && mask.feature == 1 && to - from == width) {
           for (int c = 0; c < width; ++c) out[c] = source[key + c] != 0;
@@ -125,24 +113,22 @@ class Visibility {
           for (int c = from; c < to; ++c) out[c] = source[keys.position(key + c) * mask.feature] != 0;
         }
       }
-      if (rows.problem.bias.data) {
-        read_bias(rows, keys, row, key, width, bias);
-        for (int c = 0; c < width; ++c) out[c] &= bias[c] != -infinity<double>;
-      }
+      if (bias)
+        for (int c = 0; c < width; ++c) out[c] &= bias[r][c] != -infinity<T>;
       for (int c = 0; c < width; ++c) seen += out[c];
     }
     return seen == 0 ? none : seen == count * width ? all : some;
   }
 
   // Replaces what a tile that was looked at hides, in `tile_rows` rows `stride` apart; rows from `count` on hide
-  // everything.
+  // everything. `visible`: null if the ranges say it all.
   template <int width, class T>
   MMCA_INLINE void hide(std::int64_t begin, int count, int tile_rows, std::int32_t key, const std::uint8_t* visible,
                         T* tile, std::ptrdiff_t stride, T replacement) const {
     for (int r = 0; r < tile_rows; ++r, tile += stride) {
       if (r >= count) {
         std::fill_n(tile, width, replacement);
-      } else if (has_mask()) {
+      } else if (visible) {
         for (int c = 0; c < width; ++c) tile[c] = visible[r * width + c] ? tile[c] : replacement;
       } else {
         const auto [from, to] = columns<width>(begin + r, key);

@@ -55,7 +55,8 @@ MMCA_INLINE T softcapped(T t, T softcap, T* slope) {
   return softcap * lanes[0][0];
 }
 
-template <class T>
+// The scores of one tile at a time: entries begin..begin+count-1, keys key..key+width-1 of a list.
+template <class T, int width>
 class ScoreShape {
  public:
   ScoreShape(const RowList& rows, const KeyList& keys)
@@ -64,15 +65,31 @@ class ScoreShape {
         scale_(static_cast<T>(rows.problem.scale)),
         softcap_(static_cast<T>(rows.problem.softcap)) {}
 
-  // Products of a tile (entries begin..begin+count-1, keys key..key+width-1) become scores; `slope` takes ds/dt if
-  // there is a softcap and somebody asks. What the tile hides is left to Visibility.
-  template <int width, int stride>
-  MMCA_NOINLINE void apply(std::int64_t begin, int count, std::int32_t key, T* scores, T* slope) const {
-    using S = Simd<T>;
-    alignas(64) T bias[width] = {};
+  // Looks up the tile's bias; false if some of it is not finite.
+  MMCA_NOINLINE bool read_bias(std::int64_t begin, int count, std::int32_t key) {
+    const Input& bias = rows_.problem.bias;
+    if (!bias.data) return true;
+    const int listed = std::clamp(keys_.size - key, 0, width);
+    typename S::Reg finite = S::zero();
+    with_elements(rows_.problem.bias_dtype, bias.data, [&](const auto* data) {
+      for (int r = 0; r < count; ++r) {
+        const Row row = rows_.at(begin + r);
+        bias_[r] = read_row(data + bias.offset(row.head, row.row), bias.feature, key, listed, buffer_ + r * width);
+        for (int c = 0; c < width; c += S::width) finite = S::fma(S::loadu(bias_[r] + c), S::zero(), finite);
+      }
+    });
+    return is_finite(S::reduce_add(finite));
+  }
+
+  // The rows that read_bias found; null without a bias.
+  const T* const* bias() const { return rows_.problem.bias.data ? bias_ : nullptr; }
+
+  // Products become scores; `slope` takes ds/dt if there is a softcap and somebody asks. What the tile hides is left to
+  // Visibility.
+  template <int stride>
+  MMCA_NOINLINE void apply(int count, T* scores, T* slope) const {
     const typename S::Reg scale = S::broadcast(scale_), cap = S::broadcast(softcap_);
     for (int r = 0; r < count; ++r, scores += stride) {
-      if (rows_.problem.bias.data) read_bias(rows_, keys_, rows_.at(begin + r), key, width, bias);
       for (int c = 0; c < width; c += S::width) {
         typename S::Reg s = S::mul(scale, S::load(scores + c));
         if (softcap_ > T(0)) {
@@ -80,13 +97,33 @@ class ScoreShape {
           s = S::mul(cap, tanh_register<T>(S::div(s, cap), derivative));
           if (slope) S::store(slope + r * stride + c, derivative);
         }
-        S::store(scores + c, S::add(s, S::load(bias + c)));
+        S::store(scores + c, bias() ? S::add(s, S::loadu(bias_[r] + c)) : s);
       }
     }
   }
 
  private:
+  using S = Simd<T>;
+
+  // `width` numbers of one row, in place if they lie so; 0 past the end of the list.
+  template <class Element>
+  MMCA_INLINE const T* read_row(const Element* row, std::int64_t step, std::int32_t key, int listed, T* buffer) const {
+    if constexpr (std::is_same_v<T, Element>)
+      if (keys_.identity() && step == 1 && listed == width) return row + key;
+    if (keys_.identity()) {
+      if constexpr (sizeof(Element) <= sizeof(T)) widen_row(row + key * step, step, listed, buffer);
+      else
+        for (int c = 0; c < listed; ++c) buffer[c] = static_cast<T>(row[(key + c) * step]);
+    } else {
+      for (int c = 0; c < listed; ++c) buffer[c] = static_cast<T>(row[keys_.position(key + c) * step]);
+    }
+    for (int c = listed; c < width; ++c) buffer[c] = T(0);
+    return buffer;
+  }
+
   const RowList& rows_;
   const KeyList& keys_;
   const T scale_, softcap_;
+  const T* bias_[tile_rows<T>];
+  alignas(64) T buffer_[tile_rows<T> * width];
 };

@@ -126,8 +126,8 @@ MMCA_NOINLINE void row_tile(int depth, const T* weights, const T* panel, T* c, s
 }
 
 // c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys. The rows
-// of all heads that share a key meet in one sum here, where the standard implementation sums head by head: runs keep the
-// rounding down to its level.
+// of all heads that share a key meet in one sum here, where the standard implementation sums head by head: runs keep
+// the rounding down to its level.
 template <class T, int stride>
 MMCA_NOINLINE void transposed_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
   constexpr int run = Simd<T>::row_run;
