@@ -8,10 +8,48 @@ import torch
 import torch.nn.functional as F
 
 
-def sdpa(query, key, value, is_causal=False, attn_mask=None):
+def sdpa(query, key, value, is_causal=False, attn_mask=None, dropout_p=0.0):
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+class Sequences:
+    """Packed sequences: their offsets, and where each token lies in a padded batch."""
+
+    def __init__(self, lengths):
+        self.lengths = torch.tensor(lengths)
+        self.offsets = F.pad(self.lengths.cumsum(0), (1, 0))
+        self.present = torch.arange(max(lengths)) < self.lengths[:, None]  # (B, longest)
+        self.place = self.present.flatten().nonzero()[:, 0]
+        self.mask = torch.ones(max(lengths), max(lengths), dtype=torch.bool).tril() & self.present[:, None, None, :]
+
+
+def sdpa_per_sequence(query, key, value, sequences):
+    """(T, H, D) tensors, one causal call a sequence."""
+    parts = []
+    for begin, end in zip(sequences.offsets[:-1].tolist(), sequences.offsets[1:].tolist(), strict=True):
+        q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (query, key, value))
+        parts.append(sdpa(q, k, v, is_causal=True)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def sdpa_padded(query, key, value, sequences):
+    """(T, H, D) tensors, padded to the longest sequence and back, with a mask."""
+    batch, longest = sequences.present.shape
+
+    def pad(t):
+        padded = t.new_zeros(batch * longest, *t.shape[1:]).index_copy(0, sequences.place, t)
+        return padded.unflatten(0, (batch, longest)).transpose(1, 2)
+
+    out = sdpa(pad(query), pad(key), pad(value), attn_mask=sequences.mask)
+    return out.transpose(1, 2).flatten(0, 1)[sequences.place]
 
 
 class Segments:
