@@ -350,7 +350,7 @@ class Backward {
         dropout_factors<T>(problem_.dropout, keys_, first + from, to - from,
                            static_cast<std::uint32_t>(rows_.position(row.row)),
                            static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
-        for (int k = from; k < to; ++k) grads[k] *= dropout_[k - from];
+        multiply_by<T>(grads + from, dropout_, to - from);
       }
       bool finite;
       if (is_whole(entry)) {
@@ -360,8 +360,7 @@ class Backward {
         (natural_ ? score_gradient_row<T, true> : score_gradient_row<T, false>)(weights + from, grads + from, to - from,
                                                                                 scale_, lse2_[r], offset_[r]);
       }
-      if (dropout)
-        for (int k = from; k < to; ++k) weights[k] *= dropout_[k - from];
+      if (dropout) multiply_by<T>(weights + from, dropout_, to - from);
       if (!finite)  // 0 * NaN: hide again
         for (int k = from; k < to; ++k)
           if (!visibility_.sees(entry, first + k)) weights[k] = grads[k] = T(0);

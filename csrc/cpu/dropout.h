@@ -1,35 +1,39 @@
 // Dropout factors for a stretch of one row's keys (definition: core/philox.h); included inside the namespace of an
 // instruction set.
 
-// lanes16[8 c + l] is lane l of counter first_counter + c, for `batch` counters at once: plain loops that vectorise.
-inline constexpr int philox_batch = 16;
+// lanes16[8 c + l] is lane l of counter first_counter + c, for `philox_batch` counters at once.
+inline constexpr int philox_batch = 32;
 
 inline MMCA_NOINLINE void philox_lanes(const Dropout& dropout, std::uint32_t first_counter, std::uint32_t position,
-                                       std::uint32_t head, std::uint16_t (&lanes16)[8 * philox_batch]) {
-  std::uint32_t c0[philox_batch], c1[philox_batch], c2[philox_batch], c3[philox_batch];
-  for (int i = 0; i < philox_batch; ++i) {
-    c0[i] = first_counter + static_cast<std::uint32_t>(i);
-    c1[i] = position;
-    c2[i] = head;
-    c3[i] = dropout.offset;
+                                       std::uint32_t head, std::uint16_t* lanes16) {
+  constexpr int registers = philox_batch / Words::width;
+  Words::Reg c[registers][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < registers; ++r) {
+    c[r][0] = Words::count_from(first_counter + static_cast<std::uint32_t>(r * Words::width));
+    c[r][1] = Words::broadcast(position);
+    c[r][2] = Words::broadcast(head);
+    c[r][3] = Words::broadcast(dropout.offset);
   }
-  std::uint32_t key0 = static_cast<std::uint32_t>(dropout.seed), key1 = static_cast<std::uint32_t>(dropout.seed >> 32);
+  std::uint32_t key[2] = {static_cast<std::uint32_t>(dropout.seed), static_cast<std::uint32_t>(dropout.seed >> 32)};
   for (int round = 0; round < Philox::rounds; ++round) {
-    for (int i = 0; i < philox_batch; ++i) {
-      const std::uint64_t p0 = std::uint64_t{Philox::multiplier[0]} * c0[i],
-                          p1 = std::uint64_t{Philox::multiplier[1]} * c2[i];
-      c0[i] = static_cast<std::uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
-      c2[i] = static_cast<std::uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
-      c1[i] = static_cast<std::uint32_t>(p1);
-      c3[i] = static_cast<std::uint32_t>(p0);
+    const Words::Reg key0 = Words::broadcast(key[0]), key1 = Words::broadcast(key[1]);
+#pragma GCC unroll 8
+    for (int r = 0; r < registers; ++r) {
+      Words::Reg high0, high1;
+      Words::Reg(&x)[4] = c[r];
+      const Words::Reg low0 = Words::multiply(x[0], Philox::multiplier[0], high0);
+      const Words::Reg low1 = Words::multiply(x[2], Philox::multiplier[1], high1);
+      x[0] = Words::exclusive_or(Words::exclusive_or(high1, x[1]), key0);
+      x[1] = low1;
+      x[2] = Words::exclusive_or(Words::exclusive_or(high0, x[3]), key1);
+      x[3] = low0;
     }
-    key0 += Philox::weyl[0];
-    key1 += Philox::weyl[1];
+    key[0] += Philox::weyl[0];
+    key[1] += Philox::weyl[1];
   }
-  for (int i = 0; i < philox_batch; ++i) {
-    const std::uint32_t word[4] = {c0[i], c1[i], c2[i], c3[i]};
-    for (int l = 0; l < 8; ++l) lanes16[8 * i + l] = static_cast<std::uint16_t>(word[l / 2] >> (16 * (l % 2)));
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < registers; ++r) Words::store_interleaved(lanes16 + r * 8 * Words::width, c[r]);
 }
 
 // factors[c] = Z of key list entry first + c, c in 0..count-1: 0, or 65536 / (65536 - threshold).
@@ -37,7 +41,7 @@ template <class T>
 MMCA_NOINLINE void dropout_factors(const Dropout& dropout, const KeyList& keys, std::int32_t first, int count,
                                    std::uint32_t position, std::uint32_t head, T* factors) {
   const T scale = dropout.threshold < 65536 ? T(65536.0 / (65536.0 - dropout.threshold)) : T(0);
-  std::uint16_t lanes16[8 * philox_batch];
+  alignas(64) std::uint16_t lanes16[8 * philox_batch];
   std::int64_t start = -1;  // key of lanes16[0]
   for (int c = 0; c < count; ++c) {
     if (first + c >= keys.size) {
@@ -59,4 +63,11 @@ MMCA_NOINLINE void dropout_factors(const Dropout& dropout, const KeyList& keys, 
       factors[c] = lanes16[j - start] >= dropout.threshold ? scale : T(0);
     }
   }
+}
+
+// x *= factors, `count` a multiple of two registers.
+template <class T>
+MMCA_INLINE void multiply_by(T* x, const T* factors, int count) {
+  using S = Simd<T>;
+  for (int c = 0; c < count; c += S::width) S::storeu(x + c, S::mul(S::loadu(x + c), S::loadu(factors + c)));
 }

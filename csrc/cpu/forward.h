@@ -252,7 +252,7 @@ class Forward {
           dropout_factors<T>(problem_.dropout, rows_.plan.keys[group], first + from, to - from,
                              static_cast<std::uint32_t>(rows_.position(row.row)),
                              static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
-          for (int c = from; c < to; ++c) scores[c] *= dropout_[c - from];
+          multiply_by<T>(scores + from, dropout_, to - from);
         }
       }
     }

@@ -122,3 +122,31 @@ struct Simd<double> {
     r[3] = _mm256_permute2f128_pd(b, d, 0x31);
   }
 };
+
+struct Words {
+  using Reg = __m256i;
+  static constexpr int width = 8;
+
+  static MMCA_INLINE Reg broadcast(std::uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static MMCA_INLINE Reg count_from(std::uint32_t x) {
+    return _mm256_add_epi32(broadcast(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static MMCA_INLINE Reg exclusive_or(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
+  static MMCA_INLINE Reg multiply(Reg a, std::uint32_t m, Reg& high) {
+    const Reg even = _mm256_mul_epu32(a, broadcast(m)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), broadcast(m));
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  }
+  static MMCA_INLINE void store_interleaved(std::uint16_t* out, const Reg (&w)[4]) {
+    const Reg a = _mm256_unpacklo_epi32(w[0], w[1]), b = _mm256_unpackhi_epi32(w[0], w[1]);
+    const Reg c = _mm256_unpacklo_epi32(w[2], w[3]), d = _mm256_unpackhi_epi32(w[2], w[3]);
+    // Counters 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+    const Reg q[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
+                      _mm256_unpackhi_epi64(b, d)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * i), _mm256_castsi256_si128(q[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * (i + 4)), _mm256_extracti128_si256(q[i], 1));
+    }
+  }
+};

@@ -123,3 +123,33 @@ struct Simd<double> {
     }
   }
 };
+
+struct Words {
+  using Reg = __m512i;
+  static constexpr int width = 16;
+
+  static MMCA_INLINE Reg broadcast(std::uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static MMCA_INLINE Reg count_from(std::uint32_t x) {
+    return _mm512_add_epi32(broadcast(x), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
+  static MMCA_INLINE Reg exclusive_or(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
+  static MMCA_INLINE Reg multiply(Reg a, std::uint32_t m, Reg& high) {
+    const Reg even = _mm512_mul_epu32(a, broadcast(m)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), broadcast(m));
+    high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  }
+  static MMCA_INLINE void store_interleaved(std::uint16_t* out, const Reg (&w)[4]) {
+    const Reg a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
+    const Reg c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+    // Counters i, i + 4, i + 8 and i + 12.
+    const Reg q[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                      _mm512_unpackhi_epi64(b, d)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * i), _mm512_castsi512_si128(q[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * (i + 4)), _mm512_extracti32x4_epi32(q[i], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * (i + 8)), _mm512_extracti32x4_epi32(q[i], 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * (i + 12)), _mm512_extracti32x4_epi32(q[i], 3));
+    }
+  }
+};

@@ -60,3 +60,27 @@ struct Simd {
     for (int i = 0; i < width; ++i) r[i] = loadu(t[i]);
   }
 };
+
+// 32-bit words, for Philox.
+struct Words {
+  typedef std::uint32_t Reg __attribute__((vector_size(16)));
+  static constexpr int width = 4;
+
+  static MMCA_INLINE Reg broadcast(std::uint32_t x) { return x - Reg{}; }
+  static MMCA_INLINE Reg count_from(std::uint32_t x) { return x + Reg{0, 1, 2, 3}; }
+  static MMCA_INLINE Reg exclusive_or(Reg a, Reg b) { return a ^ b; }
+  // The low halves of a * m; the high ones to `high`.
+  static MMCA_INLINE Reg multiply(Reg a, std::uint32_t m, Reg& high) {
+    Reg low;
+    for (int i = 0; i < width; ++i) {
+      const std::uint64_t product = std::uint64_t{a[i]} * m;
+      low[i] = static_cast<std::uint32_t>(product), high[i] = static_cast<std::uint32_t>(product >> 32);
+    }
+    return low;
+  }
+  // Word i of register 0, 1, 2 and 3, then word i + 1, ..., each as its lower and its upper 16 bits.
+  static MMCA_INLINE void store_interleaved(std::uint16_t* out, const Reg (&w)[4]) {
+    for (int i = 0; i < width; ++i)
+      for (int k = 0; k < 8; ++k) out[8 * i + k] = static_cast<std::uint16_t>(w[k / 2][i] >> (16 * (k % 2)));
+  }
+};
