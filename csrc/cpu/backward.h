@@ -265,7 +265,12 @@ class Backward {
       if (with_offset) {
         const T* out =
             problem_.keeps_group_out() ? group_out_row(row, group, row_buffer_) : out_row(row, group, row_buffer_);
-        product = weighted(w, dot(grad, out, padded_value_dim_));
+        product = dot(grad, out, padded_value_dim_);
+        if (!is_finite(product)) {  // an `out` too large for 16 bits, perhaps where no gradient arrives
+          product = T(0);
+          for (int d = 0; d < value_dim_; ++d) product += weighted(grad[d], out[d]);
+        }
+        product = weighted(w, product);
       }
       const T lse_gradient = problem_.grad_lse.data ? *statistic<const T>(problem_.grad_lse, group, row) : T(0);
       if (w != T(1)) {

@@ -9,7 +9,7 @@ struct Simd {
   typedef Bits BitsReg __attribute__((vector_size(16)));
   static constexpr int width = 16 / sizeof(T);
   static constexpr int tile_rows = 6;  // a tile is tile_rows x 2 registers of accumulators
-  static constexpr int row_run =
+  static constexpr int gradient_run =
       16;  // rows a key's gradient sums at a time; without fused multiply-adds they are short
 
   static MMCA_INLINE Reg zero() { return Reg{}; }

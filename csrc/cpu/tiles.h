@@ -116,21 +116,26 @@ MMCA_NOINLINE void rescaled_row_tile(int depth, const T* weights, const T* panel
   }
 }
 
+// Gradients are summed in runs of Simd<T>::gradient_run terms. They may all have one sign, as weights do, and
+// neighbours may be equal, and then rounding errors do not cancel but grow with the length of a run. The rows of all
+// heads that share a key meet in one sum, too, where the standard implementation sums head by head.
+
 // c[row][feature] += weights[row][0..depth) * panel
 template <class T, int rows, int stride>
 MMCA_NOINLINE void row_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
-  Accumulators<T, rows> r;
-  clear_tile<T, rows>(r);
-  multiply_add<T, rows>(depth, weights, 1, stride, panel, r);
-  add_tile<T, rows>(c, c_stride, r);
+  constexpr int run = Simd<T>::gradient_run;
+  for (; depth > 0; depth -= run, weights += run, panel += run * lanes<T>) {
+    Accumulators<T, rows> r;
+    clear_tile<T, rows>(r);
+    multiply_add<T, rows>(std::min(depth, run), weights, 1, stride, panel, r);
+    add_tile<T, rows>(c, c_stride, r);
+  }
 }
 
-// c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys. The rows
-// of all heads that share a key meet in one sum here, where the standard implementation sums head by head: runs keep
-// the rounding down to its level.
+// c[key][feature] += sum over depth rows of weights[row][key] * panel[row], for tile_rows neighbouring keys
 template <class T, int stride>
 MMCA_NOINLINE void transposed_tile(int depth, const T* weights, const T* panel, T* c, std::ptrdiff_t c_stride) {
-  constexpr int run = Simd<T>::row_run;
+  constexpr int run = Simd<T>::gradient_run;
   for (; depth > 0; depth -= run, weights += run * stride, panel += run * lanes<T>) {
     Accumulators<T, tile_rows<T>> r;
     clear_tile<T, tile_rows<T>>(r);
