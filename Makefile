@@ -13,11 +13,11 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench fuzz soak packaging sanitize lint format build clean
+.PHONY: help demo test bench fuzz soak mutants packaging sanitize lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS FUZZ_CASES; CUDA: see setup.py'
+	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS FUZZ_CASES MUTANTS; CUDA: see setup.py'
 
 demo: build  ## train the captioner on real digits and draw what it looks at
 	$(PY) -m mmca_ext.demo train $(DEMO_ARGS)
@@ -33,8 +33,13 @@ fuzz: build  ## random cases against fp64, ten times as many as in the tests
 	MMCA_EXT_FUZZ_CASES=$(FUZZ_CASES) $(PY) -m pytest -q -m fuzz
 
 SOAK_STEPS ?= 30000
-soak: build  ## train for long and see that memory stays flat
-	MMCA_EXT_SOAK_STEPS=$(SOAK_STEPS) $(PY) -m pytest -q tests/test_soak.py
+SOAK_REPEATS ?= 2000
+soak: build  ## train for long: memory stays flat; run again and again: the same bits
+	MMCA_EXT_SOAK_STEPS=$(SOAK_STEPS) MMCA_EXT_SOAK_REPEATS=$(SOAK_REPEATS) \
+	  $(PY) -m pytest -q tests/test_soak.py tests/faults/test_determinism.py
+
+mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale")
+	$(PY) tests/mutants.py $(MUTANTS)
 
 packaging: build  ## every way to build and install, with and without isolation and torch
 	$(PIP) install build

@@ -20,11 +20,11 @@ def _laid_out_like(like, features, groups=()):
     return like.new_empty(*groups, *shape, features)
 
 
-def _check_devices(query, *tensors):
+def _check_devices(query, **tensors):
     """The dispatcher takes the fake path for one meta tensor among real ones; nothing may come of such a call."""
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"mmca_ext: all tensors must be on query's device {query.device}, got {tensor.device}")
+            raise ValueError(f"mmca_ext: {name} must be on query's device {query.device}, got {tensor.device}")
 
 
 @torch.library.register_fake("mmca_ext::attention")
@@ -45,7 +45,18 @@ def _(
     merge,
     *numbers,
 ):
-    _check_devices(query, key, value, attn_mask, gate, key_mask, modality, image_id, cu_seqlens_q, cu_seqlens_k)
+    _check_devices(
+        query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        gate=gate,
+        key_mask=key_mask,
+        modality=modality,
+        image_id=image_id,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
     groups = () if modality is None else (2,)
     rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
     out = _laid_out_like(query, value.shape[-1], groups if merge == "none" else ())
@@ -78,7 +89,24 @@ def _(
     attn_mask_gradient,
     *numbers,
 ):
-    _check_devices(query, grad_out, grad_lse, key, value, out, lse, lse_low, attn_mask, gate, key_mask, modality)
+    _check_devices(
+        query,
+        grad_out=grad_out,
+        grad_lse=grad_lse,
+        key=key,
+        value=value,
+        out=out,
+        lse=lse,
+        lse_low=lse_low,
+        group_out=group_out,
+        attn_mask=attn_mask,
+        gate=gate,
+        key_mask=key_mask,
+        modality=modality,
+        image_id=image_id,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
     wanted = attn_mask is not None and attn_mask_gradient and attn_mask.is_floating_point()
     return (
         *(_laid_out_like(tensor, tensor.shape[-1]) for tensor in (query, key, value)),
@@ -116,7 +144,8 @@ def _attention_double_backward(
 ):
     """The gradients of attention_backward's results, through the reference: exact and materialised."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # The forward has settled on its dtypes. An autocast around the backward would cast the reference's products.
+    with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
         # Fresh aliases: derivatives by these very arguments, not by what they may have been made from.
         arguments = [
             t
@@ -157,7 +186,12 @@ def _attention_double_backward(
                 **common,
             )
         inputs = [query, key, value, attn_mask, gate]
-        asked = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad and grads[i] is not None]
+        # What attention_backward did not compute is empty, and a gradient that arrives there is one of nothing.
+        asked = [
+            i
+            for i, (t, arriving) in enumerate(zip(inputs, grads, strict=True))
+            if t is not None and t.requires_grad and arriving is not None and arriving.shape == t.shape
+        ]
         results, seeds = [out], [grad_out]
         if grad_lse is not None:
             results, seeds = [out, lse], [grad_out, grad_lse]

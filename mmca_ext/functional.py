@@ -9,6 +9,7 @@ first, end of the second, ...). `mmca_ext.reference` has every function here in 
 """
 
 import torch
+from torch.overrides import is_tensor_like
 
 from .reference import LinearState, attention_map, dropout_mask, merge_attention
 from .reference.inputs import parse_window
@@ -26,6 +27,14 @@ __all__ = [
 ]
 
 _attention = torch.ops.mmca_ext.attention.default
+
+
+def _require_tensors(function, names, needed, *tensors):
+    """TypeError unless they are tensors; all but the first `needed` may be None. The dispatcher has a RuntimeError for
+    this, and would make None a tensor without a shape, and an mmca_attention without modality an attention."""
+    for i, tensor in enumerate(tensors):
+        if type(tensor) is not torch.Tensor and (tensor is not None or i < needed) and not is_tensor_like(tensor):
+            raise TypeError(f"mmca_ext.{function}: {names[i]} must be a tensor, got {type(tensor).__name__}")
 
 
 def attention(
@@ -85,6 +94,8 @@ def attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
     """
+    names = "query", "key", "value", "attn_mask", "key_mask", "cu_seqlens_q", "cu_seqlens_k"
+    _require_tensors("attention", names, 3, query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k)
     left, right = (-1, -1) if window is None else parse_window(window)
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
     out, lse, _, _ = _attention(
@@ -174,12 +185,12 @@ def mmca_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
     """
+    names = "query", "key", "value", "modality", "gate", "image_id", "cu_seqlens"
+    _require_tensors("mmca_attention", names, 4, query, key, value, modality, gate, image_id, cu_seqlens)
     if image_rows not in IMAGE_ROWS:
         raise ValueError(f"image_rows must be one of {IMAGE_ROWS}, got {image_rows!r}")
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
-    if not isinstance(modality, torch.Tensor):
-        raise TypeError(f"modality must be an integer tensor, got {type(modality).__name__}")
     rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
     out, lse, _, _ = _attention(
         query,

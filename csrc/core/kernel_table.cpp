@@ -122,7 +122,9 @@ std::optional<Isa> forced_isa() {
 }
 
 void run(Operation operation, const Problem& problem, Executor& executor) {
-  const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa(), problem.k_len);
+  // One kernel for all packed sequences: a sequence's bits must not depend on how many tokens there are besides.
+  const std::int64_t k_len = problem.q_offsets ? many_keys : problem.k_len;
+  const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa(), k_len);
   launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
   kernel.run(problem, make_plan(problem), executor);
 }

@@ -346,7 +346,7 @@ class Forward {
     void store_lse(int group, int r, double maximum, double log2_maximum, double log2_sum) {
       const Row row = rows_.at(begin_ + r);
       const double lse2 = log2_maximum + log2_sum;
-      const T lse = static_cast<T>(lse2 * ln_2);
+      const T lse = static_cast<T>(natural_ ? maximum + log2_sum * ln_2 : lse2 * ln_2);  // of finfo.min, lse2 is -inf
       lse2_[group * padded_rows_ + r] = lse2;
       *statistic<T>(problem_.lse, group, row) = lse;
       if (problem_.lse_low.data)

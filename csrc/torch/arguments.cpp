@@ -37,6 +37,12 @@ DType dtype_of(const char* op, const char* name, at::ScalarType type) {
   }
 }
 
+// Python's None for a tensor that has to be there arrives as one without shape, dtype and device.
+const at::Tensor& given(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), op, ": ", name, " must be a tensor, got None");
+  return t;
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- shapes
@@ -47,7 +53,7 @@ Arguments::Arguments(const char* op, const at::Tensor& query, const at::Tensor& 
                      std::optional<double> scale, double softcap)
     : op_(op),
       packed_(cu_seqlens_q || cu_seqlens_k),
-      device_(query.device()),
+      device_(given(op, "query", query).device()),
       dtype_(query.scalar_type()),
       statistic_dtype_(dtype_ == at::kDouble ? at::kDouble : at::kFloat) {
   check_tensors(query, key, value);
@@ -98,7 +104,7 @@ void Arguments::check_tensors(const at::Tensor& query, const at::Tensor& key, co
   const char* const shapes[] = {"(B, Hq, Lq, D)", "(B, Hkv, Lk, D)", "(B, Hkv, Lk, Dv)"};
   const char* const packed_shapes[] = {"(Tq, Hq, D)", "(Tk, Hkv, D)", "(Tk, Hkv, Dv)"};
   for (int i = 0; i < 3; ++i) {
-    const at::Tensor& t = *tensors[i];
+    const at::Tensor& t = given(op_, names[i], *tensors[i]);
     TORCH_CHECK_VALUE(packed_ || t.dim() == 4, op_, ": ", names[i], " must be 4-D ", shapes[i], ", got shape ",
                       t.sizes());
     TORCH_CHECK_VALUE(!packed_ || t.dim() == 3, op_, ": with cu_seqlens ", names[i], " must be packed, 3-D ",
@@ -367,6 +373,8 @@ void Arguments::set_results(const Results& results, const at::Tensor& grad_out, 
   Problem& p = problem;
   const auto& [out, lse, lse_low, group_out] = results;
   const std::vector<std::int64_t> out_shape = result_shape(), statistic_shape = lse_shape();
+  given(op_, "out", out), given(op_, "lse", lse), given(op_, "lse_low", lse_low);
+  given(op_, "group_out", group_out), given(op_, "grad_out", grad_out);
   for (const at::Tensor& t : {out, lse, grad_out})
     TORCH_CHECK_VALUE(t.device() == device_, op_, ": results and gradients must be on the query's device ", device_,
                       ", got ", t.device());
@@ -442,11 +450,11 @@ Gradients Arguments::gradients() const {
   Gradients gradients{grad_query_, grad_key_, grad_value_, {}, {}};
   if (bias_gradient_) {
     const at::Tensor sum = grad_bias_.defined() ? grad_bias_ : key_broadcast_bias_gradient();
-    gradients.attn_mask = at::sum_to(sum, attn_mask_.sizes()).to(attn_mask_.scalar_type());
+    gradients.attn_mask = at::sum_to(sum, attn_mask_.sizes()).to(attn_mask_.scalar_type()).contiguous();
   }
   if (gate_.defined()) {
     const at::Tensor rows = (packed_ ? grad_gate_.transpose(1, 2) : grad_gate_).movedim(0, -1);
-    gradients.gate = at::sum_to(rows, gate_.sizes()).to(gate_.scalar_type());
+    gradients.gate = at::sum_to(rows, gate_.sizes()).to(gate_.scalar_type()).contiguous();
   }
   return gradients;
 }

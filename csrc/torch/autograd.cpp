@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
@@ -108,13 +109,29 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Numbers..
   }
 };
 
+bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+
 // Forward-mode AD would lose its tangents in silence.
 template <class... Tensors>
 void refuse_forward_mode(const Tensors&... tensors) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !(... || tensors._fw_grad(/*level=*/0).defined()),
+      !(... || has_tangent(tensors)),
       "mmca_ext: forward-mode differentiation (jvp) of attention and mmca_attention is not built yet; "
       "mmca_ext.reference has it");
+}
+
+// PyTorch refuses these itself, without a word about whose function it was.
+void refuse_functorch() {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (!functorch) return;
+  try {
+    functorch->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "mmca_ext: torch.func's grad, vjp and their like do not reach through attention and "
+                                "mmca_attention; torch.autograd.grad does, and mmca_ext.reference serves torch.func");
+  }
 }
 
 template <class... Numbers>
@@ -124,12 +141,13 @@ FourTensors attention_autograd(const Tensor& query, const Tensor& key, const Ten
                                const OptionalTensor& image_id, const OptionalTensor& cu_seqlens_q,
                                const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng_state,
                                bool save_for_backward, Numbers... numbers) {
-  refuse_forward_mode(query, key, value);
+  refuse_forward_mode(query, key, value, attn_mask, gate);
   if (!any_needs_grad(query, key, value, attn_mask, gate)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return attention_op().call(query, key, value, attn_mask, gate, key_mask, modality, image_id, cu_seqlens_q,
                                cu_seqlens_k, rng_state, save_for_backward, numbers...);
   }
+  refuse_functorch();
   const variable_list result =
       AttentionFunction<Numbers...>::apply(query, key, value, attn_mask, gate, key_mask, modality, image_id,
                                            cu_seqlens_q, cu_seqlens_k, rng_state, numbers...);
@@ -199,6 +217,7 @@ FiveTensors attention_backward_autograd(const Tensor& grad_out, const OptionalTe
                                         const OptionalTensor& modality, const OptionalTensor& image_id,
                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                         const OptionalTensor& rng_state, bool attn_mask_gradient, Numbers... numbers) {
+  refuse_forward_mode(grad_out, grad_lse, query, key, value, attn_mask, gate);
   const FiveTensors gradients = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return attention_backward_op().call(grad_out, grad_lse, query, key, value, out, lse, lse_low, group_out, attn_mask,

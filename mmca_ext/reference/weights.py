@@ -70,4 +70,10 @@ def softmax_and_lse(s, visible):
     empty = ~visible.any(-1)
     s = s.masked_fill(~visible, -torch.inf).masked_fill(empty.unsqueeze(-1), 0.0)  # keep -inf - -inf out of autograd
     weights = s.softmax(-1).masked_fill(~visible, 0.0)
-    return weights, s.logsumexp(-1).masked_fill(empty, -torch.inf)
+    if not s.shape[-1]:
+        return weights, s.logsumexp(-1)
+    # Not torch's logsumexp, whose gradient exp(s - lse) is n times too large where lse swallows log n (finfo.min).
+    largest = s.detach().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    lse = largest.squeeze(-1) + (s - largest).exp().sum(-1).log()
+    return weights, lse.masked_fill(empty, -torch.inf)
