@@ -181,8 +181,11 @@ class Backward {
 
     void write_gate_gradient(Row row) {
       const T* grad = grad_row(row, 0, grad_buffer_);
-      for (int g = 0; g < problem_.groups(); ++g)
-        *statistic<T>(problem_.grad_gate, g, row) = dot(grad, group_out_row(row, g, row_buffer_), padded_value_dim_);
+      for (int g = 0; g < problem_.groups(); ++g) {
+        const bool empty = *statistic<T>(problem_.lse, g, row) == -infinity<T>;  // then 0, whatever arrives
+        *statistic<T>(problem_.grad_gate, g, row) =
+            empty ? T(0) : dot(grad, group_out_row(row, g, row_buffer_), padded_value_dim_);
+      }
     }
 
     void pack_keys(std::int32_t first, int keys) {

@@ -26,7 +26,7 @@ class ThreadExecutor final : public Executor {
     std::vector<std::thread> threads;
     for (int worker = 0; worker < workers; ++worker)
       threads.emplace_back([=] {
-        constexpr std::size_t bytes = std::size_t{4} << 20;
+        constexpr std::size_t bytes = std::size_t{2} << 20;
         std::memset(cpu::worker_scratch(bytes), 0xff, bytes);
         task(context, worker);
       });

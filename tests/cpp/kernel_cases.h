@@ -21,10 +21,25 @@ inline std::string identifier(const Kernel& kernel) {
   return name;
 }
 
+inline bool is_backward(const Kernel& kernel) { return kernel.operation == Operation::attention_backward; }
+
 inline std::vector<const Kernel*> all_kernels() {
   std::vector<const Kernel*> kernels;
   for (const Kernel& kernel : kernel_table()) kernels.push_back(&kernel);
   return kernels;
+}
+inline std::vector<const Kernel*> backward_kernels() {
+  std::vector<const Kernel*> kernels;
+  for (const Kernel& kernel : kernel_table())
+    if (is_backward(kernel)) kernels.push_back(&kernel);
+  return kernels;
+}
+
+// The forward kernel whose results this one reads.
+inline const Kernel& forward_of(const Kernel& kernel) {
+  for (const Kernel& other : kernel_table())
+    if (other.isa == kernel.isa && other.dtype == kernel.dtype && !is_backward(other)) return other;
+  return kernel;
 }
 
 // Skips a kernel that this processor cannot run, with its reason.
@@ -32,42 +47,51 @@ inline std::vector<const Kernel*> all_kernels() {
   if (const std::string reason = refusal(kernel, cpu_features(), std::nullopt); !reason.empty()) \
   GTEST_SKIP() << (kernel).name << ": " << reason
 
-inline bool is_backward(const Kernel& kernel) { return kernel.operation == Operation::attention_backward; }
-
 // body(T()) with the kernel's element type.
 template <class Body>
 void with_type(const Kernel& kernel, const Body& body) {
-  if (kernel.dtype == DType::f32) return body(float());
-  if (kernel.dtype == DType::f64) return body(double());
-  FAIL() << "this suite knows no dtype " << to_string(kernel.dtype);
+  switch (kernel.dtype) {
+    case DType::f32: return body(float());
+    case DType::f64: return body(double());
+    case DType::bf16: return body(BFloat16());
+    case DType::f16: return body(Float16());
+  }
 }
 
-template <class T>
-std::vector<Tensor<T>*> outputs(const Kernel& kernel, Case<T>& c) {
-  if (is_backward(kernel)) return {&c.grad_query, &c.grad_key, &c.grad_value};
-  std::vector<Tensor<T>*> all = {&c.out, &c.lse};
-  if (c.problem.group_out) all.push_back(&c.group_out);
-  if (c.problem.lse_low.data) all.push_back(&c.lse_low);
-  return all;
+// body(name, tensor) for each tensor that the kernel writes.
+template <class T, class Body>
+void each_output(const Kernel& kernel, Case<T>& c, const Body& body) {
+  if (is_backward(kernel)) {
+    body("grad_query", c.grad_query), body("grad_key", c.grad_key), body("grad_value", c.grad_value);
+    if (c.problem.grad_bias.data) body("grad_bias", c.grad_bias);
+    if (c.problem.grad_gate.data) body("grad_gate", c.grad_gate);
+  } else {
+    body("out", c.out), body("lse", c.lse);
+    if (c.problem.group_out.data) body("group_out", c.group_out);
+    if (c.problem.lse_low.data) body("lse_low", c.lse_low);
+  }
 }
 
-// Runs the kernel into fresh outputs; returns all their elements, one after the other.
+inline constexpr std::size_t small_scratch = std::size_t{2} << 20;  // what head dimensions below 64 need, and more
+
+// Runs the kernel into fresh outputs; returns all their elements, one after the other. (To widen one keeps its bits.)
 template <class T>
-std::vector<T> run_kernel(const Kernel& kernel, Case<T>& c, Executor& executor,
-                          std::size_t poisoned_bytes = std::size_t{8} << 20) {
-  for (Tensor<T>* x : outputs(kernel, c)) x->reset();
+std::vector<Accumulation<T>> run_kernel(const Kernel& kernel, Case<T>& c, Executor& executor,
+                                        std::size_t poisoned_bytes = small_scratch) {
+  each_output(kernel, c, [](auto, auto& x) { x.reset(); });
+  c.grad_bias.each([](auto& x, auto...) { x = 0; });
   poison_scratch(poisoned_bytes);
   kernel.run(c.problem, make_plan(c.problem), executor);
-  std::vector<T> all;
-  for (Tensor<T>* x : outputs(kernel, c)) {
-    EXPECT_EQ(x->written_exactly(), "") << kernel.name << " output " << x - outputs(kernel, c)[0];
-    for (const T element : x->values()) all.push_back(element);
-  }
+  std::vector<Accumulation<T>> all;
+  each_output(kernel, c, [&](const char* name, auto& x) {
+    EXPECT_EQ(x.written_exactly(), "") << kernel.name << " " << name;
+    for (const auto element : x.values()) all.push_back(static_cast<Accumulation<T>>(element));
+  });
   return all;
 }
 
 template <class T>
-std::vector<T> run_kernel(const Kernel& kernel, Case<T>& c) {
+std::vector<Accumulation<T>> run_kernel(const Kernel& kernel, Case<T>& c) {
   SerialExecutor serial;
   return run_kernel(kernel, c, serial);
 }
@@ -82,43 +106,43 @@ void prepare(const Kernel& kernel, Case<T>& c) {
 }
 
 // Each element against the reference; returns the largest error in units of its bound.
-template <class T, class R>
-double expect_within(const char* what, Tensor<T>& actual, const Bounded<R>& expected, const Choices& choices) {
+template <class X, class R>
+double expect_within(const char* what, Tensor<X>& actual, const Bounded<R>& expected, const Choices& choices) {
   double worst = 0;
   std::size_t at = 0, faults = 0;
-  actual.each([&](T x, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
-    const R exact = expected.value[at],
+  actual.each([&](X element, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
+    const R x = static_cast<R>(element), exact = expected.value[at],
             bound = R(1.02) * expected.bound[at];  // errors below 1%, so their squares below that
     ++at;
-    const R error = x == exact ? 0 : std::abs(static_cast<R>(x) - exact);  // equal infinities too
+    const R error = x == exact ? 0 : std::abs(x - exact);  // equal infinities too
     if (!(error <= bound) && ++faults == 1)
-      ADD_FAILURE() << what << "[" << b << "," << h << "," << i << "," << d << "] is " << x << ", expected "
+      ADD_FAILURE() << what << "[" << b << "," << h << "," << i << "," << d << "] is " << double(x) << ", expected "
                     << double(exact) << " within " << double(bound) << "\n"
                     << choices.text();
     if (bound > 0) worst = std::max(worst, static_cast<double>(error / bound));
   });
+  EXPECT_EQ(at, expected.value.size()) << what;
   EXPECT_LE(faults, 1u) << what << ": " << faults << " elements out of bounds";
   return worst;
 }
 
-// log2(e) lse, rounded, and lse_low are together as exact as the sum they are made of.
+// lse and lse_low are together as exact as the sum they are made of.
 template <class T>
 void expect_lse_in_two_parts(Case<T>& c, const Reference<T>& expected, const Choices& choices) {
   using R = typename Reference<T>::R;
-  constexpr R log2_e = 1.44269504088896340735992468100189214L;
   std::size_t at = 0;
-  c.lse.each([&](T lse, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t i) {
-    const R exact = log2_e * expected.lse.value[at], bound = R(1.02) * expected.lse2_bound[at];
+  c.lse.each([&](Accumulation<T> lse, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t i) {
+    const R exact = expected.log2_e * expected.lse.value[at], bound = R(1.02) * expected.lse2_bound[at];
     ++at;
-    const T high = lse * static_cast<T>(log2_e), low = c.lse_low.at(g, b, h, i);
-    if (std::isinf(lse)) EXPECT_EQ(low, T(0));
-    else EXPECT_LE(std::abs(static_cast<R>(high) + static_cast<R>(low) - exact), bound) << choices.text();
+    const Accumulation<T> low = c.lse_low.at(g, b, h, i);
+    if (std::isinf(lse)) EXPECT_EQ(low, 0);
+    else EXPECT_LE(std::abs(expected.lse_high(lse) + static_cast<R>(low) - exact), bound) << choices.text();
   });
 }
 
 // One problem through the kernel and the reference.
 template <class T>
-double check(const Kernel& kernel, const Choices& choices, std::size_t poisoned_bytes = std::size_t{8} << 20) {
+double check(const Kernel& kernel, const Choices& choices, std::size_t poisoned_bytes = small_scratch) {
   Case<T> c(choices);
   Reference<T> expected(c);
   expected.forward();
@@ -128,15 +152,20 @@ double check(const Kernel& kernel, const Choices& choices, std::size_t poisoned_
   }
   SerialExecutor serial;
   run_kernel(kernel, c, serial, poisoned_bytes);
-  if (is_backward(kernel))
-    return std::max({expect_within("grad_query", c.grad_query, expected.grad_query, choices),
-                     expect_within("grad_key", c.grad_key, expected.grad_key, choices),
-                     expect_within("grad_value", c.grad_value, expected.grad_value, choices)});
-  double worst =
-      std::max(expect_within("out", c.out, expected.out, choices), expect_within("lse", c.lse, expected.lse, choices));
+  const auto within = [&](const char* what, auto& actual, const auto& bounded) {
+    return expect_within(what, actual, bounded, choices);
+  };
+  if (is_backward(kernel)) {
+    double worst = std::max({within("grad_query", c.grad_query, expected.grad_query),
+                             within("grad_key", c.grad_key, expected.grad_key),
+                             within("grad_value", c.grad_value, expected.grad_value)});
+    if (c.problem.grad_bias.data) worst = std::max(worst, within("grad_bias", c.grad_bias, expected.grad_bias));
+    if (c.problem.grad_gate.data) worst = std::max(worst, within("grad_gate", c.grad_gate, expected.grad_gate));
+    return worst;
+  }
+  double worst = std::max(within("out", c.out, expected.out), within("lse", c.lse, expected.lse));
   if (c.problem.lse_low.data) expect_lse_in_two_parts(c, expected, choices);
-  if (c.problem.group_out)
-    worst = std::max(worst, expect_within("group_out", c.group_out, expected.group_out, choices));
+  if (c.problem.group_out.data) worst = std::max(worst, within("group_out", c.group_out, expected.group_out));
   return worst;
 }
 

@@ -5,6 +5,7 @@ namespace mmca::test {
 namespace {
 
 class KernelThreads : public testing::TestWithParam<const Kernel*> {};
+class BackwardThreads : public testing::TestWithParam<const Kernel*> {};
 
 Choices attention() {
   Choices c;
@@ -28,16 +29,32 @@ Choices decoding() {  // few rows a head, many heads
   return c;
 }
 
+// A bias gradient that is shared along some dimensions, by several ranges of keys, heads and batches.
+Choices shared_bias(bool batch, bool head, bool row) {
+  Choices c;
+  c.batch = 2, c.kv_heads = 2, c.heads_per_kv = 2, c.q_len = 30, c.k_len = 900, c.head_dim = 8, c.value_dim = 8,
+  c.scale = 0.2;
+  c.bias = c.grad_bias = c.lse_low = true, c.bias_hidden = 0.1, c.bias_dtype = DType::bf16, c.seed = 4;
+  c.bias_same[0] = batch, c.bias_same[1] = head, c.bias_same[2] = row;
+  return c;
+}
+
+Choices packed() {
+  Choices c;
+  c.q_offsets = c.k_offsets = {0, 300, 300, 301, 950}, c.batch = 4, c.q_len = c.k_len = 960,
+  c.head_dim = c.value_dim = 8;
+  c.kv_heads = 2, c.heads_per_kv = 2;
+  c.mmca = true, c.image_rows = ImageRows::self_text, c.merge = Merge::gate, c.grad_gate = true, c.softcap = 3;
+  c.dropout = 0.1, c.seed = 5;
+  return c;
+}
+
 void expect_same_bits(const Kernel& kernel, const Choices& choices) {
   with_type(kernel, [&](auto type) {
-    using T = decltype(type);
-    Case<T> c(choices);
-    for (Tensor<T>* x : {&c.out, &c.lse, &c.lse_low, &c.group_out})  // what a backward reads: any numbers do
-      x->each([&](T& element, auto...) { element = T(3); });
-    for (const Kernel& other : kernel_table())
-      if (other.isa == kernel.isa && other.dtype == kernel.dtype && !is_backward(other)) run_kernel(other, c);
-    const std::vector<T> serial = run_kernel(kernel, c);
-    for (const T x : serial) ASSERT_FALSE(std::isnan(x));
+    Case<decltype(type)> c(choices);
+    run_kernel(forward_of(kernel), c);  // what a backward reads
+    const auto serial = run_kernel(kernel, c);
+    for (const auto x : serial) ASSERT_FALSE(std::isnan(x));
     for (const int threads : {1, 2, 3, 7}) {
       ThreadExecutor executor(threads);
       EXPECT_TRUE(equal_bits(run_kernel(kernel, c, executor), serial)) << threads << " threads\n" << choices.text();
@@ -62,6 +79,17 @@ TEST_P(KernelThreads, DecodingHasTheSameBits) {
   expect_same_bits(*GetParam(), decoding());
 }
 
+TEST_P(KernelThreads, PackedHasTheSameBits) {
+  MMCA_SKIP_REFUSED(*GetParam());
+  expect_same_bits(*GetParam(), packed());
+}
+TEST_P(BackwardThreads, SharedBiasGradientHasTheSameBits) {
+  MMCA_SKIP_REFUSED(*GetParam());
+  for (const int shared : {1, 2, 4, 7}) expect_same_bits(*GetParam(), shared_bias(shared & 1, shared & 2, shared & 4));
+}
+
+INSTANTIATE_TEST_SUITE_P(, BackwardThreads, testing::ValuesIn(backward_kernels()),
+                         [](const auto& info) { return identifier(*info.param); });
 INSTANTIATE_TEST_SUITE_P(, KernelThreads, testing::ValuesIn(all_kernels()),
                          [](const auto& info) { return identifier(*info.param); });
 

@@ -5,8 +5,9 @@
 #include <limits>
 #include <set>
 
+#include "case.h"
 #include "core/plan.h"
-#include "reference.h"
+#include "visible.h"
 
 namespace mmca::test {
 namespace {
@@ -24,8 +25,14 @@ void expect_plan_agrees(const Choices& choices) {
   const Case<float> c(choices);
   const Problem& p = c.problem;
   const Plan plan = make_plan(p);
-  for (std::int64_t b = 0; b < p.batch; ++b) {
-    const SequencePlan& sequence = plan.of(b);
+  std::int64_t number = 0;
+  for (const Sequence& s : sequences(p)) {
+    if (s.tail && !s.q_len && !s.k_len) continue;
+    const SequencePlan& sequence = plan.of(number++);
+    ASSERT_EQ(sequence.q_begin, s.q_begin);
+    ASSERT_EQ(sequence.q_len, s.q_len);
+    ASSERT_EQ(sequence.k_begin, s.k_begin);
+    ASSERT_EQ(sequence.k_len, s.k_len);
     std::set<std::int64_t> listed;
     for (int g = 0; g < p.groups(); ++g) {
       const KeyList& keys = sequence.keys[g];
@@ -34,12 +41,12 @@ void expect_plan_agrees(const Choices& choices) {
       for (std::int32_t i = 0; i < keys.size; ++i) {
         const std::int64_t j = keys.position(i);
         ASSERT_GT(j, before);  // ascending
-        ASSERT_LT(j, p.k_len);
-        ASSERT_EQ(group_of(p, b, j), g);
+        ASSERT_LT(j, s.k_len);
+        ASSERT_EQ(group_of(p, s, j), g);
         before = j;
         listed.insert(j);
       }
-      ASSERT_EQ(static_cast<std::int64_t>(sequence.ranges[g].size()), p.q_len);
+      ASSERT_EQ(static_cast<std::int64_t>(sequence.ranges[g].size()), s.q_len);
       for (const Range& range : sequence.ranges[g]) {
         ASSERT_EQ(range.size(), std::max(0, range.end - range.begin));
         ASSERT_TRUE(range.size() == 0 || (range.begin >= 0 && range.end <= keys.size));
@@ -48,29 +55,29 @@ void expect_plan_agrees(const Choices& choices) {
     // Hidden keys are the rest, each once.
     const std::set<std::int64_t> hidden(sequence.hidden_keys.begin(), sequence.hidden_keys.end());
     ASSERT_EQ(hidden.size(), sequence.hidden_keys.size());
-    ASSERT_EQ(static_cast<std::int64_t>(hidden.size() + listed.size()), p.k_len);
-    for (std::int64_t j = 0; j < p.k_len; ++j) {
-      const bool padding = p.is_mmca ? group_of(p, b, j) < 0 : p.key_mask && !p.key_mask[b * p.k_len + j];
-      ASSERT_EQ(hidden.count(j) == 1, padding) << "key " << j;
-      ASSERT_EQ(listed.count(j) == 0, padding) << "key " << j;
+    ASSERT_EQ(static_cast<std::int64_t>(hidden.size() + listed.size()), s.k_len);
+    for (std::int64_t j = 0; j < s.k_len; ++j) {
+      ASSERT_EQ(hidden.count(j) == 1, is_padding(p, s, j)) << "key " << j;
+      ASSERT_EQ(listed.count(j) == 0, is_padding(p, s, j)) << "key " << j;
     }
 
     std::set<std::int64_t> rows;
-    for (std::int64_t index = 0; index < p.q_len; ++index) {
+    for (std::int64_t index = 0; index < s.q_len; ++index) {
       const std::int64_t i = sequence.row(index);
-      ASSERT_TRUE(i >= 0 && i < p.q_len && rows.insert(i).second) << "row " << i << " twice or out of range";
+      ASSERT_TRUE(i >= 0 && i < s.q_len && rows.insert(i).second) << "row " << i << " twice or out of range";
       bool own = false;
       std::set<std::int64_t> expected[max_groups];
-      for (std::int64_t j = 0; j < p.k_len; ++j)
-        if (sees(p, b, 0, i, j)) {
-          if (is_own_image(p, b, i, j)) own = true;
-          else expected[group_of(p, b, j)].insert(j);
+      for (std::int64_t j = 0; j < s.k_len; ++j)
+        if (sees(p, s, 0, i, j)) {
+          if (is_own_image(p, s, i, j)) own = true;
+          else expected[group_of(p, s, j)].insert(j);
         }
       ASSERT_EQ(sequence.attends_to_itself(i), own) << "row " << i;
       for (int g = 0; g < p.groups(); ++g)
         ASSERT_EQ(planned(sequence, g, index), expected[g]) << "row " << i << ", group " << g;
     }
   }
+  ASSERT_EQ(plan.batch, number);
 }
 
 Choices random_lengths(Random& random) {
@@ -143,6 +150,112 @@ TEST(Plan, MmcaBlock) { mmca_agrees(ImageRows::block); }
 TEST(Plan, MmcaCausal) { mmca_agrees(ImageRows::causal); }
 TEST(Plan, MmcaSelfText) { mmca_agrees(ImageRows::self_text); }
 
+TEST(Plan, Packed) {
+  for (std::uint64_t seed = 0; seed < 600 && !testing::Test::HasFailure(); ++seed) {
+    Random random(seed);
+    Choices c;
+    c.seed = random.bits();
+    choose_packed(c, random, random.pick({3, 40}), random.chance(0.5));
+    c.causal = random.chance(0.5);
+    if (random.chance(0.5)) c.window_left = random.integer(0, 40);
+    if (random.chance(0.5)) c.window_right = random.integer(0, 40);
+    if (random.chance(0.5)) c.pad = random.pick({0.0, 0.2, 0.8, 1.0});
+    expect_plan_agrees(c);
+  }
+}
+
+TEST(Plan, PackedMmca) {
+  for (std::uint64_t seed = 0; seed < 600 && !testing::Test::HasFailure(); ++seed) {
+    Random random(seed);
+    Choices c;
+    c.seed = random.bits();
+    choose_packed(c, random, random.pick({3, 40}), random.chance(0.5));
+    c.mmca = true;
+    c.image_rows = any_image_rows(random);
+    c.image_id = random.chance(0.5);
+    expect_plan_agrees(c);
+  }
+}
+
+TEST(Plan, PackedSequencesAndWhatLiesPastThem) {
+  Choices c;
+  c.batch = 4, c.q_offsets = {0, 3, 3, 4, 9}, c.k_offsets = {0, 5, 7, 7, 10}, c.q_len = 9, c.k_len = 10;
+  EXPECT_EQ(make_plan(Case<float>(c).problem).batch, 4);
+  c.q_len = 11;
+  const Plan queries = make_plan(Case<float>(c).problem);
+  ASSERT_EQ(queries.batch, 5);
+  EXPECT_EQ(queries.of(4).q_begin, 9);
+  EXPECT_EQ(queries.of(4).q_len, 2);
+  EXPECT_EQ(queries.of(4).k_len, 0);
+  c.q_len = 9, c.k_len = 12;
+  const Plan keys = make_plan(Case<float>(c).problem);
+  ASSERT_EQ(keys.batch, 5);
+  EXPECT_EQ(keys.of(4).hidden_keys, (std::vector<std::int32_t>{0, 1}));
+  c.batch = 0, c.q_offsets = c.k_offsets = {0};  // nothing but a tail
+  EXPECT_EQ(make_plan(Case<float>(c).problem).batch, 1);
+  c.q_len = c.k_len = 0;
+  EXPECT_EQ(make_plan(Case<float>(c).problem).batch, 0);
+}
+
+// Every pointer of the problem of one sequence is at that sequence's first row, and null stays null.
+template <class T>
+void expect_problem_of_sequence(const Choices& choices) {
+  SCOPED_TRACE(choices.text());
+  using A = Accumulation<T>;
+  Case<T> c(choices);
+  const Problem& p = c.problem;
+  const Plan plan = make_plan(p);
+  std::int64_t number = 0;
+  for (const Sequence& s : sequences(p)) {
+    if (s.tail && !s.q_len && !s.k_len) continue;
+    const Problem one = plan.problem_of(p, number++);
+    EXPECT_EQ(one.q_len, s.q_len);
+    EXPECT_EQ(one.k_len, s.k_len);
+    const auto moved = [](const auto& all, const auto& x, std::int64_t size) {
+      return (static_cast<const char*>(x.data) - static_cast<const char*>(all.data)) / size;
+    };
+    const auto expect_at = [&](const auto& all, const auto& x, std::int64_t begin, std::int64_t size) {
+      ASSERT_EQ(all.data == nullptr, x.data == nullptr);
+      if (x.data) {
+        ASSERT_EQ(moved(all, x, size), s.batch * all.batch + begin * all.row);
+      }
+    };
+    for (const auto member : {&Problem::query, &Problem::grad_out})
+      expect_at(p.*member, one.*member, s.q_begin, sizeof(T));
+    for (const auto member : {&Problem::key, &Problem::value}) expect_at(p.*member, one.*member, s.k_begin, sizeof(T));
+    for (const auto member : {&Problem::out, &Problem::grad_query})
+      expect_at(p.*member, one.*member, s.q_begin, sizeof(T));
+    for (const auto member : {&Problem::grad_key, &Problem::grad_value})
+      expect_at(p.*member, one.*member, s.k_begin, sizeof(T));
+    for (const auto member : {&Problem::lse, &Problem::lse_low, &Problem::group_out, &Problem::grad_gate})
+      expect_at(p.*member, one.*member, s.q_begin, sizeof(A));
+    for (const auto member : {&Problem::gate, &Problem::grad_lse})
+      expect_at(p.*member, one.*member, s.q_begin, sizeof(A));
+    expect_at(p.bias, one.bias, s.q_begin, element_size(choices.bias_dtype));
+    expect_at(p.grad_bias, one.grad_bias, s.q_begin, sizeof(A));
+    if (p.attn_mask.data) {
+      EXPECT_EQ(one.attn_mask.data - p.attn_mask.data, s.batch * p.attn_mask.batch);
+    }
+  }
+}
+
+TEST(Plan, ProblemOfASequenceIsAtItsRows) {
+  for (std::uint64_t seed = 0; seed < 40; ++seed) {
+    Random random(seed);
+    Choices c;
+    c.batch = random.integer(1, 3), c.kv_heads = 2, c.q_len = c.k_len = 6, c.head_dim = 3, c.value_dim = 2;
+    c.lse_low = random.chance(0.5), c.grad_lse = random.chance(0.5);
+    for (Layout* layout : {&c.query_layout, &c.key_layout, &c.value_layout, &c.out_layout, &c.grad_layout})
+      *layout = any_layout(random);
+    if (random.chance(0.5)) choose_packed(c, random, 9, true);
+    else if (random.chance(0.5)) choose_bias(c, random), c.grad_bias = true, c.attend = 0.5;
+    if (!c.bias) c.mmca = true, c.merge = any_merge(random), c.grad_gate = true;
+    expect_problem_of_sequence<float>(c);
+    expect_problem_of_sequence<double>(c);
+    expect_problem_of_sequence<BFloat16>(c);
+  }
+}
+
 TEST(Plan, SequencesAreSharedWhereNothingDiffers) {
   Choices c;
   c.batch = 5, c.q_len = 3, c.k_len = 7, c.causal = true;
@@ -157,7 +270,8 @@ TEST(Plan, MmcaRowsOfAKindAreTogether) {
   c.mmca = true, c.q_len = c.k_len = 200;
   const Case<float> x(c);
   const Plan plan = make_plan(x.problem);
-  const auto kind = [&](std::int32_t row) { return (group_of(x.problem, 0, row) + 3) % 3; };  // padding last
+  const Sequence s = sequences(x.problem)[0];
+  const auto kind = [&](std::int32_t row) { return (group_of(x.problem, s, row) + 3) % 3; };  // padding last
   for (std::size_t i = 1; i < plan.of(0).rows.size(); ++i)
     EXPECT_LE(kind(plan.of(0).rows[i - 1]), kind(plan.of(0).rows[i]));
 }

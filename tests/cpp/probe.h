@@ -9,6 +9,7 @@
 #include "core/plan.h"
 #include "core/problem.h"
 #include "cpu/cpu_features.h"
+#include "cpu/schedule.h"
 
 namespace mmca::test {
 
@@ -34,6 +35,9 @@ struct Probe {
   void (*pack_panel)(const T* const* rows, int count, int features, T scale, T* out);  // the same, 2 * width wide
   T (*pack_row)(const T* row, int padded, T* panels, std::ptrdiff_t panel_stride);     // the sum of x * 0
   void (*pack_zero_row)(int padded, T* panels, std::ptrdiff_t panel_stride);
+  // Rows of 16-bit storage; null where T is double.
+  void (*widen_row)(DType storage, const void* source, std::int64_t step, int count, T* out);
+  void (*narrow_row)(DType storage, const T* source, int count, void* out, std::int64_t step);
   void (*zero_non_finite)(T* panels, std::int64_t count);
   void (*add_non_finite)(const T* row, int features, T weight, T* out);
 
@@ -42,12 +46,13 @@ struct Probe {
   T (*reduce_max)(const T* lanes);
   void (*exp2)(T* x, int registers_at_once, int count);  // count: a multiple of registers_at_once registers
   T (*exp2_one)(T x);
+  void (*tanh)(T* y, T* slope, int count);  // count: a multiple of width
+  T (*softcapped)(T t, T softcap, T* slope);
   T (*dot)(const T* a, const T* b, int count);
   void (*dropout_factors)(const Dropout& dropout, const KeyList& keys, std::int32_t first, int count,
                           std::uint32_t position, std::uint32_t head, T* factors);
 
-  std::int64_t (*backward_partial_bytes)(const Problem& problem,
-                                         std::int64_t slots);  // what a wave of so many allocates
+  cpu::BackwardTiles (*backward_tiles)(const Problem& problem);
 };
 
 // The probes of each instruction set that is built, whether or not this processor runs it.

@@ -6,6 +6,7 @@
 #include "cpu/tiles.h"
 #include "cpu/pack.h"
 #include "cpu/rows.h"
+#include "cpu/scores.h"
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
 #include "cpu/few_rows.h"
@@ -72,9 +73,25 @@ struct ProbeBody {
     else exp2_by<4>(x, count);
   }
   static T one(T x) { return exp2_one<T>(x); }
-  static std::int64_t partial_bytes(const Problem& problem, std::int64_t slots) {
-    using Kernel = Backward<T, T>;
-    return slots * Kernel::partial_rows(problem) * Kernel::partial_row_bytes(problem);
+  static void tanh(T* y, T* slope, int count) {
+    for (int i = 0; i < count; i += width) {
+      typename S::Reg derivative;
+      S::storeu(y + i, tanh_register<T>(S::loadu(y + i), derivative));
+      S::storeu(slope + i, derivative);
+    }
+  }
+  static T capped(T t, T softcap, T* slope) { return softcapped<T>(t, softcap, slope); }
+  static void widen(DType storage, const void* source, std::int64_t step, int count, T* out) {
+    if (storage == DType::bf16) widen_row(static_cast<const BFloat16*>(source), step, count, out);
+    else widen_row(static_cast<const Float16*>(source), step, count, out);
+  }
+  static void narrow(DType storage, const T* source, int count, void* out, std::int64_t step) {
+    if (storage == DType::bf16) narrow_row(source, count, static_cast<BFloat16*>(out), step);
+    else narrow_row(source, count, static_cast<Float16*>(out), step);
+  }
+  static cpu::BackwardTiles tiles(const Problem& problem) {
+    using Kernel = Backward<T>;
+    return {Kernel::key_range, Kernel::row_block, most, Kernel::partial_row_bytes(problem)};
   }
 
   static void get(mmca::test::Probe<T>& p) {
@@ -87,10 +104,13 @@ struct ProbeBody {
     p.pack_row = pack, p.pack_zero_row = zero_row;
     p.zero_non_finite = zero_non_finite<T>, p.add_non_finite = add_non_finite<T>;
     p.transpose = transpose, p.reduce_add = add, p.reduce_max = max;
+    if constexpr (sizeof(T) == 4) p.widen_row = widen, p.narrow_row = narrow;
+    else p.widen_row = nullptr, p.narrow_row = nullptr;
     p.exp2 = exp2, p.exp2_one = one;
+    p.tanh = tanh, p.softcapped = capped;
     p.dot = dot<T>;
     p.dropout_factors = dropout_factors<T>;
-    p.backward_partial_bytes = partial_bytes;
+    p.backward_tiles = tiles;
   }
 };
 

@@ -1,11 +1,22 @@
-// The operator by plain loops in a wider type, straight from the formulas of core/problem.h: who sees what by a
-// predicate on each pair of row and key, softmax over stored scores. With every result comes a bound on a kernel's
-// error.
+// The operator by plain loops in a wider type, straight from the formulas of core/problem.h, with a bound on a kernel's
+// error for every result.
 //
-// Bounds are first-order running errors. u is the unit roundoff, D the head dimension, n the number of keys, and
-// A = |scale| sum |q||k| of a pair, whose score therefore errs by at most (D + 4) u A: D products and sums, the folded
-// scale, its product with q. Subtracting a maximum or an lse of at most M adds u (A + M), and exp2 3 u (exp2_test.cpp).
-// A sum of n terms, whatever its order, errs by n u times the sum of magnitudes.
+// Bounds are first-order running errors. u is the unit roundoff of the arithmetic, n the number of keys a row sees of a
+// group, D and V the head dimensions, and sums of n terms, whatever their order, err by n u times their magnitudes.
+//
+// A product t = scale <q, k> errs by (D + 4) u A, A = |scale| sum |q||k|: D products and sums, scale and its rounding.
+// A softcap c makes that s = c tanh(t / c). Its argument y errs by 2 u |y| more (c, quotient), which tanh passes on
+// with its slope 1 - tanh^2; tanh itself errs by tanh_error u (scores_test.cpp), c and the product by 2 u: in all
+//     slope (error(t) + 2 u |t|) + (tanh_error + 2) u |s|.
+// The slope's own relative error is 2 |tanh| error(y) <= 2 error(t) / c + 4 u |y|, and (4 |y| + 7) u of its evaluation.
+// A bias b adds u |b| where it is converted, and u |s + b|.
+//
+// A weight is exp2 of differences of scores that add up to at most the spread of the row's scores: 3 u of it (the
+// difference, two products), and 3 u for each exp2 (exp2_test.cpp), of which there is one more for each block of keys.
+//
+// Storage of 16 bits rounds the results: e |x| of a normal number, e = 2^-8 (bf16: 8 significant bits) or 2^-11 (f16:
+// 11), and half of the smallest subnormal number of others. Where a backward reads `out`, its rowsum(dO out) inherits
+// e sum |dO||out|.
 #pragma once
 
 #include <limits>
@@ -13,141 +24,94 @@
 #include <vector>
 
 #include "case.h"
-#include "core/philox.h"
+#include "visible.h"
 
 namespace mmca::test {
-
-inline int group_of(const Problem& p, std::int64_t b, std::int64_t j) {
-  if (!p.is_mmca) return 0;
-  const std::int32_t m = p.modality[b * p.k_len + j];
-  return m == 1 ? 0 : m >= 2 ? 1 : -1;
-}
-
-inline bool same_image(const Problem& p, std::int64_t b, std::int64_t i, std::int64_t j) {
-  const std::int32_t *modality = p.modality + b * p.k_len, *id = (p.image_id ? p.image_id : p.modality) + b * p.k_len;
-  for (std::int64_t x = std::min(i, j); x <= std::max(i, j); ++x)
-    if (modality[x] < 2 || id[x] != id[i]) return false;
-  return true;
-}
-
-// Whether row i is its own image group, of key j = its position.
-inline bool is_own_image(const Problem& p, std::int64_t b, std::int64_t i, std::int64_t j) {
-  return p.is_mmca && j == i + p.k_len - p.q_len && group_of(p, b, j) == 1 &&
-         (p.image_rows == ImageRows::self || p.image_rows == ImageRows::self_text);
-}
-
-inline bool sees(const Problem& p, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
-  const std::int64_t at = i + p.k_len - p.q_len;
-  if (p.is_mmca) {
-    const int row = at >= 0 ? group_of(p, b, at) : -1, key = group_of(p, b, j);
-    if (row < 0 || key < 0) return false;
-    if (row == 0 || p.image_rows == ImageRows::causal) return j <= at;
-    if (p.image_rows == ImageRows::block) return key == 1 && same_image(p, b, at, j);
-    return j == at || (p.image_rows == ImageRows::self_text && key == 0 && j <= at);
-  }
-  if (p.causal && j > at) return false;
-  if (p.window_left >= 0 && j < at - p.window_left) return false;
-  if (p.window_right >= 0 && j > at + p.window_right) return false;
-  if (p.key_mask && !p.key_mask[b * p.k_len + j]) return false;
-  return !p.attn_mask.data || p.attn_mask.data[p.attn_mask.offset(b, h, i) + j * p.attn_mask.feature];
-}
-
-inline double dropout_factor(const Problem& p, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
-  const std::uint32_t threshold = p.dropout.threshold;
-  if (!threshold || is_own_image(p, b, i, j)) return 1;
-  const std::uint32_t counter[4] = {static_cast<std::uint32_t>(j / 8),
-                                    static_cast<std::uint32_t>(i + p.k_len - p.q_len),
-                                    static_cast<std::uint32_t>(b * p.q_heads + h), p.dropout.offset};
-  std::uint32_t word[4];
-  philox(p.dropout.seed, counter, word);
-  const std::uint32_t lane = word[j % 8 / 2] >> (16 * (j % 2)) & 0xffff;
-  return lane >= threshold ? 65536.0 / (65536.0 - threshold) : 0;
-}
 
 template <class R>
 struct Bounded {  // numbers and bounds on the error of a kernel's, in the order of the dimensions
   std::vector<R> value, bound;
-  explicit Bounded(std::int64_t count = 0)
-      : value(static_cast<std::size_t>(count)), bound(static_cast<std::size_t>(count)) {}
+  explicit Bounded(std::int64_t count = 0, R first = 0)
+      : value(static_cast<std::size_t>(count), first), bound(static_cast<std::size_t>(count)) {}
 };
+
+// What rounding to the storage type takes: relative to a normal number, and of a subnormal one. 0: nothing is rounded.
+template <class T>
+struct StorageRounding {
+  static constexpr double relative = 0, absolute = 0;
+};
+template <>
+struct StorageRounding<BFloat16> {
+  static constexpr double relative = 0x1p-8, absolute = 0x1p-134;
+};
+template <>
+struct StorageRounding<Float16> {
+  static constexpr double relative = 0x1p-11, absolute = 0x1p-25;
+};
+
+inline constexpr int tanh_error = 7;  // in u, relative
+
+// No kernel reads `out` in the backward where a softmax has at most so many keys, all of one group.
+inline constexpr std::int64_t whole_keys = 192;
 
 template <class T>
 class Reference {
  public:
-  using R = std::conditional_t<sizeof(T) == 4, double, long double>;
+  using A = Accumulation<T>;
+  using R = std::conditional_t<sizeof(A) == 4, double, long double>;
 
-  Bounded<R> out, lse, group_out, grad_query, grad_key, grad_value;
+  static constexpr R log2_e = 1.44269504088896340735992468100189214L;
 
+  Bounded<R> out, lse, group_out, grad_query, grad_key, grad_value, grad_bias, grad_gate;
   std::vector<R> lse2_bound;  // of log2(e) lse, kept in two parts
 
   explicit Reference(Case<T>& c)
-      : c_(c), p_(c.problem), n_(static_cast<std::size_t>(p_.k_len)), D_(p_.head_dim), V_(p_.value_dim) {}
+      : c_(c),
+        p_(c.problem),
+        D_(p_.head_dim),
+        V_(p_.value_dim),
+        query_(dense(c.query)),
+        key_(dense(c.key)),
+        value_(dense(c.value)) {}
 
   void forward() {
-    out = Bounded<R>(c_.out.count()), lse = Bounded<R>(c_.lse.count()), group_out = Bounded<R>(c_.group_out.count());
+    constexpr R infinity = std::numeric_limits<R>::infinity();
+    const std::int64_t rows = c_.batch * p_.q_heads * p_.q_len;
+    out = Bounded<R>(c_.out.count()), lse = Bounded<R>(p_.groups() * rows, -infinity);
+    group_out = Bounded<R>(p_.groups() * rows * V_);
     lse2_bound.assign(lse.value.size(), 0);
-    for_each_row([&](std::int64_t b, std::int64_t h, std::int64_t i) {
-      const Row row = look(b, h, i);
-      const std::int64_t at = (b * p_.q_heads + h) * p_.q_len + i, per_group = p_.batch * p_.q_heads * p_.q_len;
+    for_each_row([&](const Sequence& s, std::int64_t h, std::int64_t i) {
+      const Row row = look(s, h, i);
+      const std::int64_t at = query_row(s, h, i);
       for (int g = 0; g < p_.groups(); ++g) {
-        lse.value[at + g * per_group] = row.lse[g], lse.bound[at + g * per_group] = row.lse_bound[g];
-        lse2_bound[at + g * per_group] = row.lse2_bound[g];
+        const std::int64_t in_group = at + g * rows, merged = apart() ? in_group : at;
+        lse.value[in_group] = row.lse[g], lse.bound[in_group] = row.lse_bound[g];
+        lse2_bound[in_group] = row.lse2_bound[g];
+        const R w = row.weight[g];
         for (std::int64_t d = 0; d < V_; ++d) {
-          group_out.value[(at + g * per_group) * V_ + d] = row.out[g][d];
-          group_out.bound[(at + g * per_group) * V_ + d] = row.out_bound[g][d];
-          const R x = row.weight[g] * row.out[g][d];
-          out.value[at * V_ + d] += x;
-          out.bound[at * V_ + d] +=
-              row.weight[g] * row.out_bound[g][d] + (weight_error(row) + 2 * u * p_.groups()) * std::abs(x);
+          group_out.value[in_group * V_ + d] = row.out[g][d], group_out.bound[in_group * V_ + d] = row.out_bound[g][d];
+          out.value[merged * V_ + d] += w * row.out[g][d];
+          out.bound[merged * V_ + d] += std::abs(w) * row.out_bound[g][d] +
+                                        (weight_error(row) + 2 * u * p_.groups()) * std::abs(w * row.out[g][d]);
         }
       }
     });
+    store(out);
   }
 
   // Of a kernel given lse, out and group_out correctly rounded; call store_results() first.
+  //
+  // dS = P (w dP - offset). P errs by its score's error and, normalised by a given lse, by its roundings (u |s|, 3 u
+  // |lse|) and the exponent's (3 u |s - lse|, 3 u); normalised by a sum of its own, by that sum's: the largest score
+  // error, 3 u of the mean distance to the maximum, which is at most log n, and n u. `offset` is a sum over V, or over
+  // n of P dP.
   void backward() {
+    grad_out_ = dense(c_.grad_out);
     grad_query = Bounded<R>(c_.query.count()), grad_key = Bounded<R>(c_.key.count()),
-    grad_value = Bounded<R>(c_.value.count());
-    const R rows = static_cast<R>(p_.q_len * p_.heads_per_kv()), scale = static_cast<R>(p_.scale);
-    std::vector<R> product(n_), magnitude(n_);
-    for_each_row([&](std::int64_t b, std::int64_t h, std::int64_t i) {
-      const Row row = look(b, h, i);
-      const std::int64_t kv = h / p_.heads_per_kv();
-      R mean[2] = {}, mean_size[2] = {}, joint = 0, joint_size = 0;
-      for (std::size_t j = 0; j < n_; ++j) {
-        const int g = row.group[j];
-        if (g < 0) continue;
-        product[j] = magnitude[j] = 0;
-        for (std::int64_t d = 0; d < V_; ++d) {
-          const R x = static_cast<R>(c_.grad_out.at(b, h, i, d)) * static_cast<R>(c_.value.at(b, kv, j, d));
-          product[j] += row.keep[j] * x, magnitude[j] += row.keep[j] * std::abs(x);
-        }
-        mean[g] += row.p[j] * product[j], mean_size[g] += row.p[j] * magnitude[j];
-        joint += row.weight[g] * row.p[j] * product[j], joint_size += row.weight[g] * row.p[j] * magnitude[j];
-      }
-      for (std::size_t j = 0; j < n_; ++j) {
-        const int g = row.group[j];
-        if (g < 0) continue;
-        const R w = row.weight[g], dlse = p_.grad_lse.data ? static_cast<R>(c_.grad_lse.at(g, b, h, i)) : 0;
-        const R offset = (p_.joint() ? w * joint : mean[g]) - dlse;
-        const R size = w * magnitude[j] + (p_.joint() ? w * joint_size : mean_size[g]) + std::abs(dlse);
-        const bool own = is_own_image(p_, b, i, static_cast<std::int64_t>(j));
-        const R p_error = own ? 0 : u * ((D_ + 5) * row.size[j] + 4 * std::abs(row.lse[g]) + 5);
-        const R ds = row.p[j] * (w * product[j] - offset);
-        const R ds_bound = row.p[j] * size * (p_error + weight_error(row) + u * (V_ + 10));
-        for (std::int64_t d = 0; d < D_; ++d) {
-          const R k = static_cast<R>(c_.key.at(b, kv, j, d)), q = static_cast<R>(c_.query.at(b, h, i, d));
-          add(grad_query, c_.query, b, h, i, d, scale * ds * k,
-              std::abs(scale * k) * (ds_bound + u * (n_ + 24) * row.p[j] * size));
-          add(grad_key, c_.key, b, kv, j, d, scale * ds * q,
-              std::abs(scale * q) * (ds_bound + u * (rows + 4) * row.p[j] * size));
-        }
-        for (std::int64_t d = 0; d < V_; ++d) {
-          const R x = row.p[j] * row.keep[j] * w * static_cast<R>(c_.grad_out.at(b, h, i, d));
-          add(grad_value, c_.value, b, kv, j, d, x, std::abs(x) * (p_error + weight_error(row) + u * (rows + 4)));
-        }
-      }
-    });
+    grad_value = Bounded<R>(c_.value.count()), grad_bias = Bounded<R>(c_.grad_bias.count());
+    grad_gate = Bounded<R>(c_.grad_gate.count());
+    for_each_row([&](const Sequence& s, std::int64_t h, std::int64_t i) { add_row_gradients(s, h, i); });
+    for (Bounded<R>* x : {&grad_query, &grad_key, &grad_value}) store(*x);
   }
 
   // The forward's results, rounded, where a backward kernel reads them.
@@ -155,113 +119,250 @@ class Reference {
     std::size_t i = 0;
     c_.out.each([&](T& x, auto...) { x = static_cast<T>(out.value[i++]); });
     i = 0;
-    c_.lse.each([&](T& x, auto...) { x = static_cast<T>(lse.value[i++]); });
+    c_.lse.each([&](A& x, auto...) { x = static_cast<A>(lse.value[i++]); });
+    i = 0;
     if (p_.lse_low.data)
-      c_.lse.each([&](T x, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t row) {
-        const T high = x * static_cast<T>(log2_e);
-        const R exact = lse.value[((g * p_.batch + b) * p_.q_heads + h) * p_.q_len + row] * log2_e;
-        c_.lse_low.at(g, b, h, row) = std::isinf(x) ? T(0) : static_cast<T>(exact - high);
+      c_.lse.each([&](A x, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t row) {
+        const R rest = lse.value[i++] * log2_e - lse_high(x);
+        c_.lse_low.at(g, b, h, row) = std::isinf(x) ? A(0) : static_cast<A>(rest);
       });
     i = 0;
-    c_.group_out.each([&](T& x, auto...) { x = static_cast<T>(group_out.value[i++]); });
+    c_.group_out.each([&](A& x, auto...) { x = static_cast<A>(group_out.value[i++]); });
   }
 
+  // What lse_low is added to, to base 2: lse itself where scores are more than products.
+  R lse_high(A x) const { return p_.shapes_scores() ? log2_e * x : static_cast<R>(x * static_cast<A>(log2_e)); }
+
  private:
-  static constexpr R log2_e = 1.44269504088896340735992468100189214L;
-  static constexpr R u = std::numeric_limits<T>::epsilon() / 2;
+  static constexpr R u = std::numeric_limits<A>::epsilon() / 2;
+  static constexpr R e = StorageRounding<T>::relative, smallest = StorageRounding<T>::absolute;
 
   struct Row {
-    std::vector<int> group;        // of each key; -1: not seen
-    std::vector<R> size, p, keep;  // A, exp(s - lse_r), Z of each key
+    std::vector<int> group;                                    // of each key; -1: not seen
+    std::vector<R> score, error, slope, slope_error, p, keep;  // s and its bound, ds/dt and relative, exp(s - lse_r), Z
     R lse[2], lse_bound[2] = {}, lse2_bound[2] = {}, weight[2] = {1, 1};
+    R seen[2] = {}, worst[2] = {};  // keys, and the largest of their scores' bounds
     std::vector<R> out[2], out_bound[2];
   };
 
-  Row look(std::int64_t b, std::int64_t h, std::int64_t i) const {
-    const std::int64_t kv = h / p_.heads_per_kv();
+  bool apart() const { return p_.is_mmca && p_.merge == Merge::none; }
+  std::int64_t query_row(const Sequence& s, std::int64_t h, std::int64_t i) const {
+    return (s.batch * p_.q_heads + h) * p_.q_len + s.q_begin + i;
+  }
+  std::int64_t key_row(const Sequence& s, std::int64_t h, std::int64_t j) const {
+    return (s.batch * p_.kv_heads + h / p_.heads_per_kv()) * p_.k_len + s.k_begin + j;
+  }
+
+  Row look(const Sequence& s, std::int64_t h, std::int64_t i) const {
+    const auto n = static_cast<std::size_t>(s.k_len);
     Row row;
-    row.group.assign(n_, -1), row.size.assign(n_, 0), row.p.assign(n_, 0), row.keep.assign(n_, 1);
-    for (std::size_t j = 0; j < n_; ++j) {
-      if (!sees(p_, b, h, i, static_cast<std::int64_t>(j))) continue;
-      row.group[j] = group_of(p_, b, static_cast<std::int64_t>(j));
-      row.keep[j] = static_cast<R>(dropout_factor(p_, b, h, i, static_cast<std::int64_t>(j)));
-      for (std::int64_t d = 0; d < D_; ++d) {
-        const R x =
-            static_cast<R>(p_.scale) * static_cast<R>(c_.query.at(b, h, i, d)) * static_cast<R>(c_.key.at(b, kv, j, d));
-        row.p[j] += x, row.size[j] += std::abs(x);
-      }
+    row.group.assign(n, -1);
+    for (std::vector<R>* x : {&row.score, &row.error, &row.slope, &row.slope_error, &row.p, &row.keep}) x->assign(n, 0);
+    for (std::size_t j = 0; j < n; ++j) {
+      const auto at = static_cast<std::int64_t>(j);
+      if (!sees(p_, s, h, i, at)) continue;
+      row.group[j] = group_of(p_, s, at);
+      row.keep[j] = static_cast<R>(dropout_factor(p_, s, h, i, at));
+      score(row, j, &query_[query_row(s, h, i) * D_], &key_[key_row(s, h, at) * D_]);
+      if (!p_.bias.data) continue;
+      const R bias = static_cast<R>(bias_of(p_, s, h, i, at));
+      row.score[j] += bias;
+      row.error[j] += u * (std::abs(bias) + std::abs(row.score[j]));
     }
-    for (int g = 0; g < p_.groups(); ++g) normalise(row, g, b, kv, i);
-    if (p_.groups() == 2 && p_.merge == Merge::lse) {
-      const R best = std::max(row.lse[0], row.lse[1]);
-      for (int x = 0; x < 2; ++x)
-        row.weight[x] = std::isinf(best)
-                            ? 0
-                            : std::exp(row.lse[x] - best) / (std::exp(row.lse[0] - best) + std::exp(row.lse[1] - best));
-    }
+    for (int g = 0; g < p_.groups(); ++g) normalise(row, g, s, h, i);
+    for (int g = 0; g < p_.groups(); ++g) row.weight[g] = merge_weight(row, g, s, h, i);
     return row;
   }
 
-  // Scores in row.p become weights; O_r and lse_r of one group.
-  void normalise(Row& row, int g, std::int64_t b, std::int64_t kv, std::int64_t i) const {
-    R best = -std::numeric_limits<R>::infinity(), size = 0, sum = 0, n = 0;
+  void score(Row& row, std::size_t j, const R* q, const R* k) const {
+    const R scale = static_cast<R>(p_.scale), cap = static_cast<R>(p_.softcap);
+    R t = 0, size = 0;
+    for (std::int64_t d = 0; d < D_; ++d) t += q[d] * k[d], size += std::abs(q[d] * k[d]);
+    t *= scale;
+    row.score[j] = t, row.error[j] = u * static_cast<R>(D_ + 4) * std::abs(scale) * size, row.slope[j] = 1;
+    if (!(cap > 0)) return;
+    const R y = t / cap, cosh = std::cosh(y);
+    row.score[j] = cap * std::tanh(y), row.slope[j] = 1 / (cosh * cosh);
+    row.slope_error[j] = 2 * row.error[j] / cap + u * (8 * std::abs(y) + 7);
+    row.error[j] = row.slope[j] * (row.error[j] + 2 * u * std::abs(t)) + (tanh_error + 2) * u * std::abs(row.score[j]);
+  }
+
+  // Scores become weights; O_r and lse_r of one group.
+  void normalise(Row& row, int g, const Sequence& s, std::int64_t h, std::int64_t i) const {
+    R best = -std::numeric_limits<R>::infinity(), least = -best, sum = 0;
+    const std::size_t count = row.group.size();
     bool own = false;
-    for (std::size_t j = 0; j < n_; ++j)
+    for (std::size_t j = 0; j < count; ++j)
       if (row.group[j] == g)
-        best = std::max(best, row.p[j]), size = std::max(size, row.size[j]), ++n,
-        own |= is_own_image(p_, b, i, static_cast<std::int64_t>(j));
-    for (std::size_t j = 0; j < n_; ++j)
-      if (row.group[j] == g) sum += row.p[j] = std::exp(row.p[j] - best);
+        best = std::max(best, row.score[j]), least = std::min(least, row.score[j]), ++row.seen[g],
+        row.worst[g] = std::max(row.worst[g], row.error[j]),
+        own |= is_own_image(p_, s, i, static_cast<std::int64_t>(j));
+    for (std::size_t j = 0; j < count; ++j)
+      if (row.group[j] == g) sum += row.p[j] = std::exp(row.score[j] - best);
+    const R n = row.seen[g];
     row.lse[g] = n > 0 ? best + std::log(sum) : -std::numeric_limits<R>::infinity();
     row.out[g].assign(static_cast<std::size_t>(V_), 0), row.out_bound[g].assign(static_cast<std::size_t>(V_), 0);
     if (n == 0) return;  // exactly zero
 
-    // Each weight: its score, maximum and exp2; and, at most every 64 keys, a rescaling by another exp2 of maxima.
-    const R blocks = n / 64 + 1, p_error = u * ((D_ + 4) * size + (blocks + 1) * (2 * size + 4));
-    row.lse_bound[g] = own ? u * (D_ + 4) * size : p_error + u * (n + 4 * (size + std::log(n) + 1));
+    // A block has at least 64 keys. Sums are rescaled with each.
+    const R blocks = static_cast<R>(s.k_len / 64 + 1);
+    const R p_error = own ? row.worst[g] : row.worst[g] + u * (3 * (best - least) + 3 * (blocks + 1));
+    // l and its logarithm; then, in the arithmetic or better, the maximum's share, their sum and ln 2.
+    row.lse_bound[g] =
+        p_error + u * ((own ? 0 : n + blocks + 2) + 2 * std::abs(best) + 3 * std::abs(row.lse[g]) + std::log(n) + 1);
     // The same without the rounding of lse: to base 2, and as a double (1.45 is over log2(e)).
-    row.lse2_bound[g] =
-        R(1.45) * (own ? u * (D_ + 4) * size : p_error + u * (n + 2)) + R(0x1p-50) * (1 + std::abs(row.lse[g]));
-    for (std::size_t j = 0; j < n_; ++j) {
+    row.lse2_bound[g] = R(1.45) * (own ? p_error : p_error + u * (n + blocks + 2)) +
+                        R(0x1p-50) * (1 + std::abs(row.lse[g]) + std::log(n));
+    for (std::size_t j = 0; j < count; ++j) {
       if (row.group[j] != g) continue;
       row.p[j] /= sum;
+      const R* value = &value_[key_row(s, h, static_cast<std::int64_t>(j)) * V_];
       for (std::int64_t d = 0; d < V_; ++d) {
-        const R x = row.p[j] * row.keep[j] * static_cast<R>(c_.value.at(b, kv, j, d));
+        const R x = row.p[j] * row.keep[j] * value[d];
         row.out[g][d] += x;
         if (!own) row.out_bound[g][d] += std::abs(x) * (2 * p_error + u * (2 * n + 2 * blocks + 8)) + tiny;
       }
     }
   }
 
-  // Relative error of the two groups' weights: both lse, rounded and subtracted, two exp, a sum and a quotient.
+  R merge_weight(const Row& row, int g, const Sequence& s, std::int64_t h, std::int64_t i) const {
+    if (!p_.is_mmca || p_.merge == Merge::sum || p_.merge == Merge::none) return 1;
+    if (p_.merge == Merge::gate) return static_cast<R>(c_.gate.broadcast_at(g, s.batch, h, s.q_begin + i));
+    const R best = std::max(row.lse[0], row.lse[1]);
+    if (std::isinf(best)) return 0;
+    return std::exp(row.lse[g] - best) / (std::exp(row.lse[0] - best) + std::exp(row.lse[1] - best));
+  }
+
+  // Relative error of the joint softmax's weights: both lse, rounded and subtracted, two exp, a sum and a quotient.
   R weight_error(const Row& row) const {
-    if (p_.groups() == 1 || p_.merge == Merge::sum) return 0;
+    if (!p_.is_mmca || p_.merge != Merge::lse) return 0;
     R error = 8 * u;
     for (int g = 0; g < 2; ++g)
       if (!std::isinf(row.lse[g])) error += 2 * row.lse_bound[g] + 4 * u * std::abs(row.lse[g]);
     return error;
   }
 
-  void add(Bounded<R>& sum, const Tensor<T>& like, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d, R x,
-           R bound) const {
-    const auto at = static_cast<std::size_t>(((b * like.size(1) + h) * like.size(2) + i) * like.size(3) + d);
-    sum.value[at] += x, sum.bound[at] += bound + tiny;
+  // Of the weight of key j in the backward, relative.
+  R weight_error(const Row& row, std::size_t j, bool own) const {
+    if (own) return 0;
+    const int g = row.group[j];
+    const R n = row.seen[g], distance = std::abs(row.score[j] - row.lse[g]);
+    R error = row.error[j] + u * (std::abs(row.score[j]) + 3 * std::abs(row.lse[g]) + 3 * distance + 5);
+    if (may_be_whole(row, g)) error += row.worst[g] + u * (6 * std::log(n) + n + 8);
+    return error;
+  }
+  bool may_be_whole(const Row& row, int g) const { return row.seen[g] <= whole_keys; }
+
+  void add_row_gradients(const Sequence& s, std::int64_t h, std::int64_t i) {
+    const Row row = look(s, h, i);
+    const std::size_t count = row.group.size();
+    const std::int64_t at = query_row(s, h, i), rows = c_.batch * p_.q_heads * p_.q_len;
+    const R *grad[2], scale = static_cast<R>(p_.scale), merged = weight_error(row);
+    for (int g = 0; g < 2; ++g) grad[g] = &grad_out_[(apart() ? at + g * rows : at) * V_];
+
+    // Z dO v of each key, and its mean over each softmax: value, size, and error where it is taken from weights.
+    std::vector<R> product(count), magnitude(count), p_error(count);
+    R mean[2] = {}, mean_size[2] = {}, mean_error[2] = {}, out_error[2] = {};
+    for (std::size_t j = 0; j < count; ++j) {
+      const int g = row.group[j];
+      if (g < 0) continue;
+      const R* value = &value_[key_row(s, h, static_cast<std::int64_t>(j)) * V_];
+      for (std::int64_t d = 0; d < V_; ++d)
+        product[j] += grad[g][d] * value[d], magnitude[j] += std::abs(grad[g][d] * value[d]);
+      product[j] *= row.keep[j], magnitude[j] *= row.keep[j];
+      p_error[j] = weight_error(row, j, is_own_image(p_, s, i, static_cast<std::int64_t>(j)));
+      mean[g] += row.p[j] * product[j], mean_size[g] += row.p[j] * magnitude[j];
+      if (may_be_whole(row, g)) mean_error[g] += row.p[j] * magnitude[j] * p_error[j];
+    }
+    if (p_.joint()) {
+      mean[0] = mean[1] = row.weight[0] * mean[0] + row.weight[1] * mean[1];
+      mean_size[0] = mean_size[1] = row.weight[0] * mean_size[0] + row.weight[1] * mean_size[1];
+    }
+    if (!p_.keeps_group_out() && (s.k_len > whole_keys || (p_.joint() && p_.is_mmca)))
+      for (int g = 0; g < p_.groups(); ++g)
+        for (std::int64_t d = 0; d < V_; ++d) {
+          const R x =
+              p_.joint() && p_.is_mmca ? row.weight[0] * row.out[0][d] + row.weight[1] * row.out[1][d] : row.out[g][d];
+          out_error[g] += std::abs(grad[g][d]) * (e * std::abs(x) + smallest);
+        }
+
+    const R n = static_cast<R>(count), addends = static_cast<R>(p_.q_len * p_.heads_per_kv() + 6);
+    for (std::size_t j = 0; j < count; ++j) {
+      const int g = row.group[j];
+      if (g < 0) continue;
+      const R w = row.weight[g], size_of_w = std::abs(w), p = row.p[j];
+      const R dlse = p_.grad_lse.data ? static_cast<R>(c_.grad_lse.at(g, s.batch, h, s.q_begin + i)) : 0;
+      const bool own = is_own_image(p_, s, i, static_cast<std::int64_t>(j)), own_softmax = own && !p_.joint();
+      const R size = own_softmax ? std::abs(dlse) : size_of_w * (magnitude[j] + mean_size[g]) + std::abs(dlse);
+      const R ds = p * (w * product[j] - (w * mean[g] - dlse));
+      const R whole = may_be_whole(row, g) ? row.seen[g] : 0;
+      const R ds_bound = own_softmax ? 0  // dP - rowsum(P dP) is not even calculated
+                                     : p * (size * (p_error[j] + merged + u * (static_cast<R>(V_) + whole + 12)) +
+                                            size_of_w * (mean_error[g] + out_error[g]));
+      const R dt = row.slope[j] * ds, dt_size = row.slope[j] * p * size;
+      const R dt_bound = row.slope[j] * (ds_bound + row.slope_error[j] * std::abs(ds));
+      const std::int64_t key = key_row(s, h, static_cast<std::int64_t>(j));
+      for (std::int64_t d = 0; d < D_; ++d) {
+        const R k = scale * key_[key * D_ + d], q = scale * query_[at * D_ + d];
+        add(grad_query, at * D_ + d, dt * k, std::abs(k) * (dt_bound + u * (n + 24) * dt_size));
+        add(grad_key, key * D_ + d, dt * q, std::abs(q) * (dt_bound + u * addends * dt_size));
+      }
+      for (std::int64_t d = 0; d < V_; ++d) {
+        const R x = p * row.keep[j] * w * grad[g][d];
+        add(grad_value, key * V_ + d, x, std::abs(x) * (p_error[j] + merged + u * addends));
+      }
+      if (p_.grad_bias.data) add_bias_gradient(s, h, i, static_cast<std::int64_t>(j), ds, ds_bound, p * size);
+    }
+    if (!p_.grad_gate.data) return;
+    for (int g = 0; g < 2; ++g)
+      for (std::int64_t d = 0; d < V_; ++d) {
+        const R x = grad[g][d] * row.out[g][d];
+        add(grad_gate, at + g * rows, x, u * static_cast<R>(V_ + 4) * std::abs(x));
+      }
+  }
+
+  // Every pair that shares the element adds to it, one after the other.
+  void add_bias_gradient(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t j, R ds, R bound, R size) {
+    const Tensor<A>& like = c_.grad_bias;
+    const std::int64_t index[4] = {s.batch, h, i, j};
+    std::int64_t at = 0;
+    for (int d = 0; d < 4; ++d) at = at * like.size(d) + (like.size(d) == 1 ? 0 : index[d]);
+    const R addends = static_cast<R>(c_.batch * p_.q_heads * p_.q_len * p_.k_len / like.count());
+    add(grad_bias, at, ds, bound + u * addends * size);
+  }
+
+  static void add(Bounded<R>& sum, std::int64_t at, R x, R bound) {
+    sum.value[static_cast<std::size_t>(at)] += x, sum.bound[static_cast<std::size_t>(at)] += bound + tiny;
+  }
+
+  static void store(Bounded<R>& x) {
+    for (std::size_t i = 0; e > 0 && i < x.value.size(); ++i)
+      x.bound[i] += e * (std::abs(x.value[i]) + x.bound[i]) + smallest;
+  }
+
+  template <class X>
+  static std::vector<R> dense(Tensor<X>& x) {
+    std::vector<R> all;
+    all.reserve(static_cast<std::size_t>(x.count()));
+    x.each([&](X element, auto...) { all.push_back(static_cast<R>(element)); });
+    return all;
   }
 
   template <class Body>
   void for_each_row(const Body& body) const {
-    for (std::int64_t b = 0; b < p_.batch; ++b)
+    for (const Sequence& s : sequences(p_))
       for (std::int64_t h = 0; h < p_.q_heads; ++h)
-        for (std::int64_t i = 0; i < p_.q_len; ++i) body(b, h, i);
+        for (std::int64_t i = 0; i < s.q_len; ++i) body(s, h, i);
   }
 
   // What a term may lose to underflow, operands being of order one: exp2 is 0 below the normal numbers.
-  static constexpr R tiny = 64 * static_cast<R>(std::numeric_limits<T>::min());
+  static constexpr R tiny = 4096 * static_cast<R>(std::numeric_limits<A>::min());
 
   Case<T>& c_;
   const Problem& p_;
-  const std::size_t n_;
   const std::int64_t D_, V_;
+  const std::vector<R> query_, key_, value_;
+  std::vector<R> grad_out_;
 };
 
 }  // namespace mmca::test

@@ -21,6 +21,7 @@ Choices random_problem(Random& random) {
   c.seed = random.bits();
   c.batch = random.integer(0, 3), c.kv_heads = random.integer(1, 3), c.heads_per_kv = random.integer(1, 4);
   c.q_len = random.integer(0, 300), c.k_len = random.integer(0, random.pick({10, 900, 9000}));
+  if (random.chance(0.3)) choose_packed(c, random, 900, false);
   c.mmca = random.chance(0.4);
   c.image_rows = ImageRows::causal;
   c.causal = random.chance(0.5);
@@ -40,79 +41,174 @@ TEST(Schedule, ForwardItemsHoldEveryRowOnce) {
       const Case<float> c(random_problem(random));
       const Problem& p = c.problem;
       const int row_block = random.pick({6, 96}), most = row_block * random.integer(1, 8);
-      const auto items = cpu::forward_items(p, make_plan(p), concurrency, row_block, most);
+      const Plan plan = make_plan(p);
+      const auto items = cpu::forward_items(p, plan, concurrency, row_block, most);
       std::set<std::tuple<std::int64_t, std::int64_t, std::int64_t>> rows;
       for (const cpu::ForwardItem& item : items) {
         ASSERT_EQ(item.begin % row_block, 0);
         ASSERT_TRUE(item.begin < item.end && item.end - item.begin <= most);
         for (std::int64_t row = item.begin; row < item.end; ++row)
           ASSERT_TRUE(rows.insert({item.batch, item.kv_head, row}).second);
-        ASSERT_TRUE(item.batch >= 0 && item.batch < p.batch && item.kv_head >= 0 && item.kv_head < p.kv_heads &&
+        ASSERT_TRUE(item.batch >= 0 && item.batch < plan.batch && item.kv_head >= 0 && item.kv_head < p.kv_heads &&
                     item.begin >= 0);
-        ASSERT_LE(item.end, p.q_len * p.heads_per_kv());
+        ASSERT_LE(item.end, plan.of(item.batch).q_len * p.heads_per_kv());
       }
-      ASSERT_EQ(static_cast<std::int64_t>(rows.size()), p.batch * p.kv_heads * p.q_len * p.heads_per_kv());
+      const std::int64_t batch = p.q_offsets ? 1 : p.batch;
+      ASSERT_EQ(static_cast<std::int64_t>(rows.size()), batch * p.kv_heads * p.q_len * p.heads_per_kv());
       expect_heaviest_first(items);
     }
 }
 
+// Stretches of a wave's memory, each with one owner, without gaps.
+class Stretches {
+ public:
+  void add(std::int64_t begin, std::int64_t size) {
+    const bool free = size == 0 || size_.insert({begin, size}).second;
+    ASSERT_TRUE(free) << "two stretches start at " << begin;
+  }
+  void expect_to_fill(std::int64_t total) const {
+    std::int64_t at = 0;
+    for (const auto& [begin, size] : size_) {
+      ASSERT_EQ(begin, at);
+      at += size;
+    }
+    ASSERT_EQ(at, total);
+  }
+
+ private:
+  std::map<std::int64_t, std::int64_t> size_;
+};
+
+cpu::BackwardTiles random_tiles(Random& random) {
+  const int strip_rows = random.pick({6, 12});
+  return {random.pick({32, 384}), 96, strip_rows, random.pick({64, 100000, 100000000})};
+}
+
+// Every key of every head in one item, every head in one wave, and a partial for each item.
 TEST(Schedule, BackwardWavesHoldEveryKeyOnce) {
-  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+  for (std::uint64_t seed = 0; seed < 90; ++seed) {
     Random random(seed);
     const Case<float> c(random_problem(random));
     const Problem& p = c.problem;
     const Plan plan = make_plan(p);
-    const int key_range = random.pick({32, 384});
-    const std::int64_t partial_bytes = random.pick({64, 100000, 100000000});
+    const cpu::BackwardTiles tiles = random_tiles(random);
     std::set<std::tuple<std::int64_t, std::int64_t, int, std::int32_t>> keys;
-    std::int64_t heads = 0;
-    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, plan, key_range, partial_bytes)) {
+    std::set<std::tuple<std::int64_t, std::int64_t>> heads;
+    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, plan, tiles)) {
       expect_heaviest_first(wave.items);
-      heads += static_cast<std::int64_t>(wave.heads.size());
-      std::set<std::int64_t> slots;
-      std::map<std::int64_t, std::int64_t> items_of_head;
+      Stretches rows, blocks;
+      for (const cpu::BackwardHead& head : wave.heads) {
+        ASSERT_TRUE(heads.insert({head.batch, head.kv_head}).second) << "head twice";
+        const std::int64_t entries = plan.of(head.batch).q_len * p.heads_per_kv();
+        ASSERT_EQ(head.partial_rows % tiles.strip_rows, 0);
+        ASSERT_TRUE(head.partial_rows >= entries && head.partial_rows < entries + tiles.strip_rows);
+        ASSERT_GE(head.partial_blocks * tiles.row_block, entries);
+        for (int part = 0; part < head.parts; ++part) {
+          rows.add(head.first_row + part * head.partial_rows, head.partial_rows);
+          blocks.add(head.first_block + part * head.partial_blocks, head.partial_blocks);
+        }
+      }
+      rows.expect_to_fill(wave.rows), blocks.expect_to_fill(wave.blocks);
+      std::map<std::int64_t, std::set<int>> parts_of_head;
       for (const cpu::BackwardItem& item : wave.items) {
         const cpu::BackwardHead& head = wave.heads.at(static_cast<std::size_t>(item.head));
-        ASSERT_TRUE(slots.insert(item.slot).second) << "slot " << item.slot << " has two owners";
-        ASSERT_TRUE(item.slot >= head.first_slot && item.slot < head.first_slot + head.slots);
-        ++items_of_head[item.head];
-        ASSERT_EQ(item.begin % key_range, 0);
-        ASSERT_TRUE(item.begin < item.end || (head.slots == 1 && item.end == 0));
+        ASSERT_TRUE(parts_of_head[item.head].insert(item.part).second) << "part " << item.part << " has two owners";
+        ASSERT_TRUE(item.part >= 0 && item.part < head.parts);
+        ASSERT_EQ(item.begin % tiles.key_range, 0);
+        ASSERT_TRUE(item.begin < item.end || (head.parts == 1 && item.end == 0));
         ASSERT_LE(item.end, plan.of(head.batch).keys[item.group].size);
         for (std::int32_t key = item.begin; key < item.end; ++key)
           ASSERT_TRUE(keys.insert({head.batch, head.kv_head, item.group, key}).second);
       }
-      ASSERT_EQ(static_cast<std::int64_t>(slots.size()), wave.heads.back().first_slot + wave.heads.back().slots);
       for (std::size_t h = 0; h < wave.heads.size(); ++h) {
-        ASSERT_EQ(items_of_head[static_cast<std::int64_t>(h)], wave.heads[h].slots);
-        ASSERT_EQ(wave.unfinished[h].load(), wave.heads[h].slots);
+        ASSERT_EQ(static_cast<int>(parts_of_head[static_cast<std::int64_t>(h)].size()), wave.heads[h].parts);
+        ASSERT_EQ(wave.unfinished[h].load(), wave.heads[h].parts);
       }
     }
     std::int64_t expected = 0;
-    for (std::int64_t b = 0; b < p.batch; ++b)
+    for (std::int64_t b = 0; b < plan.batch; ++b)
       for (int g = 0; g < p.groups(); ++g) expected += p.kv_heads * plan.of(b).keys[g].size;
     ASSERT_EQ(static_cast<std::int64_t>(keys.size()), expected);
-    ASSERT_EQ(heads, p.batch * p.kv_heads);
+    ASSERT_EQ(static_cast<std::int64_t>(heads.size()), plan.batch * p.kv_heads);
   }
 }
 
-// What a wave's partials take, as the kernel allocates them, for many tiny and for few large heads. One head alone may
-// be larger than the limit.
+// Of the heads of a wave no two add to the same element of a bias gradient, and those that share elements come in the
+// same order however much memory there is: with it changed the order of their sums.
+TEST(Schedule, HeadsOfAWaveShareNoBiasGradient) {
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    Random random(seed);
+    Choices choices;
+    choices.batch = random.integer(1, 4), choices.kv_heads = random.integer(1, 4);
+    choices.heads_per_kv = random.integer(1, 3), choices.q_len = random.integer(1, 40);
+    choices.k_len = random.integer(1, 900), choices.bias = choices.grad_bias = true;
+    for (bool& same : choices.bias_same) same = random.chance(0.5);
+    if (random.chance(0.3)) choices.pad = 0.3;
+    const Case<float> c(choices);
+    const Problem& p = c.problem;
+    const Plan plan = make_plan(p);
+    std::map<std::int64_t, std::vector<std::tuple<std::int64_t, std::int64_t>>> first_order;
+    for (const std::int64_t row_bytes : {64, 100000, 100000000}) {
+      std::map<std::int64_t, std::vector<std::tuple<std::int64_t, std::int64_t>>> order;  // of each element's heads
+      std::set<std::tuple<std::int64_t, std::int64_t>> heads;
+      std::size_t waves = 0;
+      for (const cpu::BackwardWave& wave : cpu::backward_waves(p, plan, {384, 96, 6, row_bytes})) {
+        ++waves;
+        std::set<std::int64_t> elements;  // the first that each head adds to stands for all of its
+        for (const cpu::BackwardHead& head : wave.heads) {
+          const std::int64_t first =
+              head.batch * p.grad_bias.batch + head.kv_head * p.heads_per_kv() * p.grad_bias.head;
+          ASSERT_TRUE(elements.insert(first).second) << choices.text();
+          ASSERT_TRUE(heads.insert({head.batch, head.kv_head}).second);
+          order[first].push_back({head.batch, head.kv_head});
+        }
+      }
+      ASSERT_EQ(static_cast<std::int64_t>(heads.size()), p.batch * p.kv_heads);
+      if (first_order.empty()) {
+        first_order = order;
+        // No more waves than sharing asks for.
+        const auto shared =
+            static_cast<std::size_t>((p.grad_bias.batch ? 1 : p.batch) * (p.grad_bias.head ? 1 : p.kv_heads));
+        ASSERT_EQ(waves, shared) << choices.text();
+      }
+      ASSERT_EQ(order, first_order) << choices.text();
+    }
+  }
+}
+
+// What a wave's partials take, as the kernel allocates them, for many tiny and for few large heads, and for sequences
+// of many lengths. One head alone may be larger than the limit.
+void expect_waves_fit(const Problem& p, const std::string& what) {
+  constexpr std::int64_t limit = std::int64_t{256} << 20;
+  for (const Probe<float>& probe : probes<float>()) {
+    const cpu::BackwardTiles tiles = probe.backward_tiles(p);
+    EXPECT_EQ(tiles.partial_row_bytes % (8 * probe.width), 0);  // whole panels of floats
+    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, make_plan(p), tiles))
+      EXPECT_TRUE(wave.heads.size() == 1 || wave.rows * tiles.partial_row_bytes <= limit)
+          << wave.rows << " rows take " << wave.rows * tiles.partial_row_bytes / (1 << 20) << " MiB: " << what;
+  }
+}
+
 TEST(Schedule, WavesFitInMemory) {
-  constexpr std::int64_t limit = std::int64_t{256} << 20, key_range = 384;
   const std::int64_t shapes[][4] = {
       {4096, 16, 1, 64}, {1, 4096, 1, 64}, {64, 8, 90, 100}, {2, 4, 4096, 8192}, {1, 2, 20000, 5000}};
   for (const auto& [batch, heads, q_len, k_len] : shapes) {
     Problem p;
     p.batch = batch, p.q_heads = p.kv_heads = heads, p.q_len = q_len, p.k_len = k_len, p.head_dim = p.value_dim = 64;
-    const Probe<float> probe = probes<float>()[0];
-    const std::int64_t partial_bytes = probe.backward_partial_bytes(p, 1);
-    for (const cpu::BackwardWave& wave : cpu::backward_waves(p, make_plan(p), key_range, partial_bytes)) {
-      const std::int64_t slots = wave.heads.back().first_slot + wave.heads.back().slots;
-      EXPECT_TRUE(slots == wave.heads[0].slots || probe.backward_partial_bytes(p, slots) <= limit)
-          << slots << " slots take " << probe.backward_partial_bytes(p, slots) / (1 << 20) << " MiB: batch " << batch
-          << ", heads " << heads << ", " << q_len << " rows, " << k_len << " keys";
-    }
+    expect_waves_fit(p, "batch " + std::to_string(batch) + ", heads " + std::to_string(heads) + ", " +
+                            std::to_string(q_len) + " rows, " + std::to_string(k_len) + " keys");
+  }
+}
+
+TEST(Schedule, PackedWavesFitInMemory) {
+  Random random(1);
+  for (int round = 0; round < 5; ++round) {
+    std::vector<std::int64_t> offsets{0};
+    for (int b = 0; b < 50; ++b) offsets.push_back(offsets.back() + random.integer(0, random.pick({10, 300, 9000})));
+    Problem p;
+    p.batch = 50, p.q_heads = 8, p.kv_heads = 4, p.q_len = p.k_len = offsets.back() + 5, p.head_dim = p.value_dim = 60;
+    p.q_offsets = p.k_offsets = offsets.data();
+    expect_waves_fit(p, "packed, round " + std::to_string(round));
   }
 }
 

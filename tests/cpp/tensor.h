@@ -11,11 +11,23 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "core/half.h"
 #include "core/problem.h"
 
 namespace mmca::test {
+
+// What kernels calculate in where numbers are stored as T.
+template <class T>
+using Accumulation = std::conditional_t<std::is_floating_point_v<T>, T, float>;
+
+template <class T>
+inline constexpr DType dtype_of = std::is_same_v<T, float>      ? DType::f32
+                                  : std::is_same_v<T, double>   ? DType::f64
+                                  : std::is_same_v<T, BFloat16> ? DType::bf16
+                                                                : DType::f16;
 
 template <class T>
 T sentinel();
@@ -34,13 +46,27 @@ inline double sentinel<double>() {
   return x;
 }
 template <>
+inline BFloat16 sentinel<BFloat16>() {
+  BFloat16 x;
+  x.bits = 0x7fe5;
+  return x;
+}
+template <>
+inline Float16 sentinel<Float16>() {
+  Float16 x;
+  x.bits = 0x7fa5;
+  return x;
+}
+template <>
 inline std::uint8_t sentinel<std::uint8_t>() {
   return 0xa5;
 }
 
 template <class T>
 bool same_bits(const T& a, const T& b) {
-  return std::memcmp(&a, &b, sizeof(T)) == 0;
+  std::uint64_t x = 0, y = 0;
+  std::memcpy(&x, &a, sizeof(T)), std::memcpy(&y, &b, sizeof(T));
+  return x == y;
 }
 
 struct Layout {
@@ -66,10 +92,16 @@ class Tensor {
   }
 
   std::int64_t size(int d) const { return size_[d]; }
+  std::int64_t stride(int d) const { return stride_[d]; }
   std::int64_t count() const { return size_[0] * size_[1] * size_[2] * size_[3]; }
   T& at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) { return memory_[index(b, h, i, d)]; }
   const T& at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) const {
     return memory_[index(b, h, i, d)];
+  }
+
+  // The same of a tensor broadcast along its dimensions of size 1.
+  T& broadcast_at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
+    return at(size_[0] == 1 ? 0 : b, size_[1] == 1 ? 0 : h, size_[2] == 1 ? 0 : i, size_[3] == 1 ? 0 : d);
   }
 
   // body(element, b, h, i, d) for every element, in the order of the dimensions.
@@ -104,16 +136,26 @@ class Tensor {
 
   template <class Pointer>
   Strided<Pointer> strided() {
-    return {memory_.data() + start_, stride_[0], stride_[1], stride_[2], stride_[3]};
+    return {data(), stride_[0], stride_[1], stride_[2], stride_[3]};
+  }
+  template <class Pointer>
+  Strided<Pointer> broadcast() {  // with strides of 0 along dimensions of size 1
+    return {data(), broadcast_stride(0), broadcast_stride(1), broadcast_stride(2), broadcast_stride(3)};
   }
   template <class Pointer>
   RowStatistic<Pointer> statistic() {  // of a (group, batch, head, row) tensor
-    return {memory_.data() + start_, stride_[0], stride_[1], stride_[2], stride_[3]};
+    return {data(), stride_[0], stride_[1], stride_[2], stride_[3]};
+  }
+  template <class Pointer>
+  RowStatistic<Pointer> broadcast_statistic() {
+    return {data(), broadcast_stride(0), broadcast_stride(1), broadcast_stride(2), broadcast_stride(3)};
   }
   T* data() { return memory_.data() + start_; }
 
  private:
   static constexpr std::int64_t guard = 64;
+
+  std::int64_t broadcast_stride(int d) const { return size_[d] == 1 ? 0 : stride_[d]; }
 
   std::size_t index(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) const {
     return static_cast<std::size_t>(start_ + b * stride_[0] + h * stride_[1] + i * stride_[2] + d * stride_[3]);
