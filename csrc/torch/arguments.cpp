@@ -440,9 +440,7 @@ void Arguments::allocate_gradients(const at::Tensor& query, const at::Tensor& ke
 // A bias that is the same for all keys moves the scores of a row together: the softmax does not notice, and its lse
 // moves with it.
 at::Tensor Arguments::key_broadcast_bias_gradient() const {
-  const at::Tensor rows = grad_lse_.defined()
-                              ? grad_lse_.masked_fill(lse_.isneginf(), 0.0)
-                              : at::zeros_like(lse_);
+  const at::Tensor rows = grad_lse_.defined() ? grad_lse_.masked_fill(lse_.isneginf(), 0.0) : at::zeros_like(lse_);
   return rows.unsqueeze(-1);
 }
 
