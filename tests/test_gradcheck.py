@@ -1,33 +1,26 @@
-"""Gradients in fp64 against finite differences: every path of the backward pass, lse included, at small sizes."""
+"""Gradients in fp64 against finite differences: first, second and third, every argument, lse included, at small sizes.
+
+The first derivative is a kernel per instruction set; the second goes through the reference and is held to differences
+of the first.
+"""
 
 import pytest
 import torch
-from torch.autograd.gradcheck import GradcheckError, gradcheck
+from operators import DIFFERENTIABLE, MMCA, PROBLEMS, finite, forward, leaves, problem, qkv
+from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 
-from mmca_ext import _C, functional
+from mmca_ext import _C, functional, reference
 
-attention = torch.ops.mmca_ext.attention
-mmca_attention = torch.ops.mmca_ext.mmca_attention
 ISAS = sorted({kernel["isa"] for kernel in _C.kernels() if kernel["available"]})
-RNG_STATE = torch.tensor([1234, 5])
 
 
-def inputs(batch=2, heads=4, kv_heads=2, q_len=5, k_len=7, head_dim=3, value_dim=4, rows=False):
-    generator = torch.Generator().manual_seed(0)
-    shapes = (heads, q_len, head_dim), (kv_heads, k_len, head_dim), (kv_heads, k_len, value_dim)
-    tensors = [torch.randn(batch, h, n, d, generator=generator, dtype=torch.float64) for h, n, d in shapes]
-    if rows:
-        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
-    return [t.requires_grad_() for t in tensors]
-
-
-def check(function, tensors):
-    assert gradcheck(function, tensors, eps=1e-6, atol=1e-7, rtol=1e-6, nondet_tol=0.0)
-
-
-def finite_lse(lse):
-    """-inf of an empty row has no finite difference."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors of a few elements: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=ISAS)
@@ -37,80 +30,167 @@ def isa(request):
     _C.force_isa(None)
 
 
-MASK = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.6
-MASK[0, 0, 2] = False
-KEY_MASK = torch.tensor([[True] * 5 + [False] * 2, [False, True] * 3 + [True]])
+def check(function, tensors):
+    assert gradcheck(function, tensors, eps=1e-6, atol=1e-7, rtol=1e-6, nondet_tol=0.0)
+
+
+def check_twice(function, tensors):
+    assert gradgradcheck(function, tensors, eps=1e-6, atol=1e-6, rtol=1e-5, nondet_tol=0.0)
+
+
+def function_of(given):
+    """(out, lse) as a function of the arguments that need a gradient, and these."""
+    names, tensors = zip(*leaves(given).items(), strict=True)
+
+    def function(*values):
+        out, lse, _, _ = forward(**{**given, **dict(zip(names, values, strict=True))})
+        return out, finite(lse)
+
+    return function, tensors
+
+
+# ---------------------------------------------------------------- first derivatives
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_first_derivatives(isa, name):
+    check(*function_of(problem(name)))
+
+
+SHAPES = {
+    "heads inside rows": ("plain", {"rows": True}),
+    "one query head for each key head": ("window", {"heads": 2, "kv_heads": 2}),
+    "wide values": ("softcap", {"dim": 1, "value_dim": 17}),
+    "wide keys": ("window", {"dim": 19, "value_dim": 1}),
+    "more keys than a vector": ("softcap", {"heads": 1, "kv_heads": 1, "q_len": 11, "k_len": 19, "batch": 1}),
+    "no keys": ("plain", {"k_len": 0}),
+    "one query": ("mmca causal none", {"q_len": 1}),
+    "whole sequence": ("mmca block sum", {"q_len": 7, "rows": True}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(isa, shape):
+    name, options = SHAPES[shape]
+    check(*function_of(problem(name, **options)))
+
+
+def test_more_queries_than_keys(isa):
+    """Causal, the first rows see nothing."""
+    given = dict(zip(DIFFERENTIABLE, (t.requires_grad_() for t in qkv(q_len=9, k_len=4))), is_causal=True)
+    assert (forward(**given)[1][:, :, :5] == -torch.inf).all()
+    check(*function_of(given))
+
+
+ALONE = ["bias (2, 4, 5, 7)", "bias (5, 7)", "bias (2, 4, 5, 1)", "bias and all"]
+ALONE += ["mmca causal gate", "mmca gate (2,)", "mmca packed gate and all", "mmca none and all"]
+
+
+@pytest.mark.parametrize("name, wanted", [(name, wanted) for name in ALONE for wanted in leaves(problem(name))])
+def test_one_argument_alone(name, wanted):
+    check(*function_of(problem(name, requires_grad=(wanted,))))
+
+
+# ---------------------------------------------------------------- second and third derivatives
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_second_derivatives(name):
+    check_twice(*function_of(problem(name, dim=1, value_dim=2)))
+
+
+@pytest.mark.parametrize("name", ["softcap", "bias (5, 7)", "packed and all", "mmca causal lse", "mmca gate (4, 1, 2)"])
+def test_second_derivatives_of_longer_heads(name):
+    check_twice(*function_of(problem(name, dim=5, value_dim=3, rows=True)))
+
+
+@pytest.mark.parametrize("wanted", [("attn_mask",), ("query",), ("key", "attn_mask")])
+def test_second_derivatives_of_some_arguments(wanted):
+    check_twice(*function_of(problem("bias and all", dim=1, value_dim=2, requires_grad=wanted)))
+
+
+@pytest.mark.parametrize("wanted", [("gate",), ("value",), ("key", "gate")])
+def test_second_derivatives_of_some_arguments_of_mmca(wanted):
+    check_twice(*function_of(problem("mmca gate and all", dim=1, value_dim=2, requires_grad=wanted)))
 
 
 @pytest.mark.parametrize(
-    "shape, kwargs",
-    [
-        ({}, {}),
-        ({"rows": True}, {"is_causal": True}),
-        ({"q_len": 9, "k_len": 4}, {"is_causal": True}),
-        ({"q_len": 11, "heads": 1, "kv_heads": 1, "k_len": 19, "batch": 1}, {"window": (3, 2)}),
-        ({}, {"attn_mask": MASK, "scale": 1.7}),
-        ({}, {"attn_mask": MASK, "key_mask": KEY_MASK, "is_causal": True, "window": (4, None)}),
-        ({"head_dim": 1, "value_dim": 17}, {"key_mask": KEY_MASK, "scale": -0.4}),
-    ],
-    ids=str,
+    "name", ["plain", "bias (1, 5, 7)", "dropout", "softcap", "packed and all", "mmca causal sum", "mmca gate (2,)"]
 )
-def test_attention(isa, shape, kwargs):
-    def function(*tensors):
-        out, lse = functional.attention(*tensors, return_lse=True, **kwargs)
-        return out, finite_lse(lse)
+def test_third_derivatives(name):
+    """The gradient of the second derivative, in random directions."""
+    function, tensors = function_of(problem(name, dim=1, value_dim=1))
 
-    check(function, inputs(**shape))
+    def second(*values):
+        out, lse = function(*values)
+        first = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), values, create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in first), values, create_graph=True)
 
-
-@pytest.mark.parametrize("p", [0.3, 0.9])
-def test_attention_with_dropout(isa, p):
-    def function(query, key, value):
-        return attention(query, key, value, MASK, None, RNG_STATE, None, True, -1, -1, p, False)[0]
-
-    check(function, inputs())
+    assert gradcheck(second, tensors, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
 
 
-MODALITY = torch.tensor([[2, 2, 1, 3, 3, 1, 1], [1, 2, 0, 2, 1, 2, 2]])
-IMAGE_ID = torch.tensor([[1, 2, 0, 3, 3, 0, 0], [0, 5, 0, 5, 0, 6, 7]])
+def test_a_gradient_penalty_is_the_references():
+    """What double backward is for, in fp32: the norm of the input's gradient, in the loss."""
+    results = []
+    for module in (functional, reference):
+        tensors = [t.float().requires_grad_() for t in qkv()]
+        out = module.attention(*tensors, is_causal=True)
+        (first,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+        results.append(torch.autograd.grad(out.sum() + first.square().sum(), tensors))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("image_rows", ["self", "block", "causal", "self+text"])
-@pytest.mark.parametrize("merge", ["sum", "lse"])
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_mmca_attention(isa, image_rows, merge, p):
-    def function(query, key, value):
-        arguments = (MODALITY, IMAGE_ID, RNG_STATE if p else None, image_rows, merge, None, p, True)
-        out, lse, _, _ = mmca_attention(query, key, value, *arguments)
-        return out, finite_lse(lse)
-
-    check(function, inputs(q_len=6))
-
-
-@pytest.mark.parametrize("merge", ["sum", "lse"])
-@pytest.mark.parametrize("rows", [False, True])
-def test_mmca_of_a_whole_sequence(isa, merge, rows):
-    def function(*tensors):
-        return functional.mmca_attention(*tensors, MODALITY, image_rows="block", merge=merge)
-
-    check(function, inputs(q_len=7, rows=rows))
+@pytest.mark.parametrize("name", MMCA)
+def test_rows_that_see_nothing_have_no_second_derivative(name):
+    """Padding alone: everything is 0, and finite all the way down."""
+    given = problem(name)
+    given["modality"] = torch.zeros_like(given["modality"])
+    function, tensors = function_of(given)
+    out, lse = function(*tensors)
+    first = torch.autograd.grad(out.sum() + lse.sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors, materialize_grads=True)
+    assert all((t == 0).all() for t in (out, lse, *first, *second))
 
 
-def test_gradcheck_can_fail():
-    """A gradient for another dropout mask than the forward's is noticed."""
+# ---------------------------------------------------------------- these checks can fail
 
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, query, key, value):
-            ctx.save_for_backward(query, key, value)
-            return attention(query, key, value, None, None, RNG_STATE, None, False, -1, -1, 0.5, False)[0]
 
-        @staticmethod
-        def backward(ctx, grad):
-            with torch.enable_grad():
-                tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-                out = attention(*tensors, None, None, RNG_STATE + 1, None, False, -1, -1, 0.5, False)[0]
-            return torch.autograd.grad(out, tensors, grad)
+class Wrong(torch.autograd.Function):
+    """A gradient for another dropout mask than the forward's."""
 
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        return forward(query=query, key=key, value=value, rng_state=torch.tensor([1, 2]), dropout_p=0.5)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            tensors = dict(zip(DIFFERENTIABLE, (t.detach().requires_grad_() for t in ctx.saved_tensors)))
+            out = forward(**tensors, rng_state=torch.tensor([1, 3]), dropout_p=0.5)[0]
+        return torch.autograd.grad(out, tensors.values(), grad)
+
+
+class HalfRight(torch.autograd.Function):
+    """The right gradient, which does not know that it depends on the inputs."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        return functional.attention(query, key, value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            out = functional.attention(*tensors)
+        return torch.autograd.grad(out, tensors, grad, create_graph=True)
+
+
+def test_the_checks_can_fail():
+    tensors = [t.requires_grad_() for t in qkv(dim=1, value_dim=2)]
     with pytest.raises(GradcheckError):
-        check(Wrong.apply, inputs())
+        check(Wrong.apply, tensors)
+    check(HalfRight.apply, tensors)
+    with pytest.raises(GradcheckError):
+        check_twice(HalfRight.apply, tensors)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = _C.kernels()
 ISAS = sorted({kernel["isa"] for kernel in KERNELS if kernel["available"]})
 MISSING = sorted({kernel["isa"] for kernel in KERNELS} - set(ISAS))
-DTYPES = {"f32": torch.float32, "f64": torch.float64}
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @pytest.fixture
@@ -32,22 +32,40 @@ def launches():
 
 def test_the_portable_kernels_are_always_there():
     assert "scalar" in ISAS
+    assert {k["name"] for k in KERNELS} == {
+        f"cpu.{isa}.attention_{way}.{dtype}"
+        for isa in {k["isa"] for k in KERNELS}
+        for way in ("forward", "backward")
+        for dtype in DTYPES
+    }
     for operation in ("attention_forward", "attention_backward"):
         for dtype in DTYPES:
             chosen = [k for k in KERNELS if (k["op"], k["dtype"]) == (operation, dtype) and k["selected"]]
             assert len(chosen) == 1 and chosen[0]["available"] and chosen[0]["device"] == "cpu"
 
 
+IDS, OFFSETS = torch.tensor([[1, 2, 2, 1, 3] * 4]), torch.tensor([0, 9, 20])
+CALLS = {
+    "attention": lambda *t: functional.attention(*t),
+    "bias": lambda *t: functional.attention(*t, torch.zeros(20, 20), softcap=5.0, is_causal=True, dropout_p=0.1),
+    "packed": lambda *t: functional.attention(
+        *(x[0].transpose(0, 1) for x in t), cu_seqlens_q=OFFSETS, cu_seqlens_k=OFFSETS
+    ),
+    "mmca": lambda *t: functional.mmca_attention(*t, IDS),
+    "gate": lambda *t: functional.mmca_attention(*t, IDS, image_rows="causal", merge="gate", gate=torch.ones(2)),
+    "none": lambda *t: functional.mmca_attention(*t, IDS, image_rows="block", merge="none")[0],
+}
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", ["attention", "mmca"])
+@pytest.mark.parametrize("call", CALLS)
 def test_the_forced_kernel_and_no_other_runs(force, isa, dtype, call):
     force(isa)
     assert _C.forced_isa() == isa
     tensors = [torch.randn(1, 2, 20, 8, dtype=DTYPES[dtype]).requires_grad_() for _ in range(3)]
     before = launches()
-    ids = torch.ones(1, 20, dtype=torch.int64)
-    out = functional.attention(*tensors) if call == "attention" else functional.mmca_attention(*tensors, ids)
+    out = CALLS[call](*tensors)
     middle = launches()
     out.sum().backward()
     after = launches()
@@ -71,7 +89,7 @@ def test_refusals_are_explained(force):
             assert "best" in kernel["reason"]
         else:
             assert re.fullmatch(
-                r"cpu\.\w+\.attention_\w+\.f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
+                r"cpu\.\w+\.attention_\w+\.b?f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
             )
 
 
