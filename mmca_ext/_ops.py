@@ -56,6 +56,7 @@ def _(
         image_id=image_id,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        rng_state=rng_state,
     )
     groups = () if modality is None else (2,)
     rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
@@ -106,6 +107,7 @@ def _(
         image_id=image_id,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        rng_state=rng_state,
     )
     wanted = attn_mask is not None and attn_mask_gradient and attn_mask.is_floating_point()
     return (

@@ -1,8 +1,11 @@
 """The raw operators called by keyword, and a catalogue of small problems that together use every argument of them."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
-import mmca_ext  # noqa: F401  (registers the operators)
+from mmca_ext import _C
 
 ops = torch.ops.mmca_ext
 FORWARD, BACKWARD = ops.attention.default, ops.attention_backward.default
@@ -37,6 +40,27 @@ def forward(save_for_backward=False, **given):
 def finite(lse):
     """-inf of an empty row has neither a finite difference nor a sine."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def as_in_the_schema(kwargs):
+    """Keywords of `functional` as those of the raw operator."""
+    given = dict(kwargs)
+    if "window" in given:
+        given["window_left"], given["window_right"] = given.pop("window")
+    for name in ("cu_seqlens", "max_seqlen"):
+        if name in given:
+            given[f"{name}_q"] = given[f"{name}_k"] = given.pop(name)
+    return given
+
+
+@contextmanager
+def refused(error, message, operator=""):
+    """One error, of this very class, and no kernel ran."""
+    before = sum(kernel["launches"] for kernel in _C.kernels())
+    with pytest.raises(error, match=message) as caught:
+        yield
+    assert type(caught.value) is error and str(caught.value).startswith(operator), caught.value
+    assert sum(kernel["launches"] for kernel in _C.kernels()) == before
 
 
 # ---------------------------------------------------------------- tensors

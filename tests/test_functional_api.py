@@ -1,4 +1,4 @@
-"""The functional API as agreed: signatures, what is not built yet says so, misspelt options are errors, compilers."""
+"""The functional API as agreed: signatures, the reference's numbers for every argument, misspelt options are errors."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ def linear_attention(query, key, value, is_causal=False, *, key_mask=None, cu_se
     state=None, return_state=False): ...
 def merge_attention(outputs, lses): ...
 def attention_map(query, key, lse, *, rows=None, is_causal=False, attn_mask=None, key_mask=None, modality=None,
-    image_rows="self", scale=None): ...
+    image_rows="self", scale=None, window=None, softcap=None, image_id=None): ...
 def dropout_mask(batch, heads, q_len, k_len, p, seed, offset): ...
 """
 FUNCTIONS = {node.name: ast.unparse(node.args) for node in ast.parse(SIGNATURES).body}
@@ -63,7 +63,46 @@ def test_docstring_is_loud_about_causal():
 # ---------------------------------------------------------------- the same numbers as the reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROWS = torch.tensor([[True, False, True, False, True]] * 3)
+BIAS = randn(4, 3, 5, seed=3).masked_fill(~ROWS, -torch.inf)
+FLAT = [t.flatten(0, 1) for t in (randn(2, 4, 4, 8), randn(2, 4, 2, 8, seed=1), randn(2, 4, 2, 6, seed=2))]
+OFFSETS = torch.tensor([0, 3, 3, 7])  # of 8 tokens
+
+
+# In 16 bits the backward takes dO . out from the rounded out: an absolute error, whatever cancels in the gradient.
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 5e-3},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+}
+
+
+def both(name, tensors, dtype, *more, **kwargs):
+    """(out, lse) and gradients of functional and of the reference, with the same dropout."""
+    found = []
+    for module in (functional, reference):
+        args = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        generator = torch.Generator().manual_seed(7)
+        wanted = [t for t in kwargs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        results = getattr(module, name)(*args, *more, return_lse=True, generator=generator, **kwargs)
+        arriving = [randn(*r.shape, seed=8, dtype=r.dtype).masked_fill(r == -torch.inf, 0.0) for r in results]
+        found.append((results, torch.autograd.grad(results, [*args, *wanted], arriving)))
+    return found
+
+
+def assert_same(ours, expected, dtype):
+    (out, lse), (other, other_lse) = ours[0], expected[0]
+    torch.testing.assert_close(out, other, **TOLERANCES[dtype])
+    torch.testing.assert_close(lse, other_lse, **TOLERANCES[lse.dtype])
+    for a, b in zip(ours[1], expected[1], strict=True):
+        # A bias or a gate may have a dtype of its own: what is coarser decides.
+        coarser = max(dtype, a.dtype, key=lambda d: TOLERANCES[d]["atol"])
+        torch.testing.assert_close(a, b, **TOLERANCES[coarser])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -71,41 +110,91 @@ def test_docstring_is_loud_about_causal():
         {"is_causal": True},
         {"scale": 0.2, "window": (1, 0)},
         {"window": [None, -1], "key_mask": torch.tensor([[True] * 3 + [False] * 2, [False] * 5])},
-        {"attn_mask": torch.tensor([[True, False, True, False, True]] * 3)},
+        {"attn_mask": ROWS},
+        {"attn_mask": BIAS},
+        {"attn_mask": BIAS.detach().requires_grad_(), "is_causal": True, "softcap": 2.0},
+        {"attn_mask": randn(5, seed=4, dtype=torch.bfloat16).requires_grad_()},
+        {"attn_mask": randn(2, 1, 1, 5, seed=4, dtype=torch.float64).requires_grad_()},
+        {"softcap": 1.5, "scale": 1.0},
         {"dropout_p": 0.4},
         {"softcap": 0.0, "deterministic": True},
     ],
-    ids=str,
+    ids=lambda kwargs: str({name: tuple(v.shape) if torch.is_tensor(v) else v for name, v in kwargs.items()}),
 )
 def test_attention_is_the_reference(kwargs, dtype):
+    ours, expected = both("attention", (QUERY, KEY, VALUE), dtype, **kwargs)
+    assert_same(ours, expected, dtype)
     query, key, value = (t.to(dtype) for t in (QUERY, KEY, VALUE))
-    ours, expected = (
-        f(query, key, value, return_lse=True, generator=torch.Generator().manual_seed(7), **kwargs)
-        for f in (functional.attention, reference.attention)
-    )
-    torch.testing.assert_close(ours, expected)
+    # Without lse and without gradients: the same result alone.
     alone = functional.attention(query, key, value, generator=torch.Generator().manual_seed(7), **kwargs)
-    assert torch.equal(alone, ours[0])
+    torch.testing.assert_close(alone, ours[0][0])
+    assert isinstance(alone, torch.Tensor) and alone.dtype == dtype
 
 
-@pytest.mark.parametrize("image_rows", ["self", "block", "causal", "self+text"])
-@pytest.mark.parametrize("merge", ["sum", "lse"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_mmca_attention_is_the_reference(image_rows, merge, p):
+@pytest.mark.parametrize("kwargs", [{}, {"is_causal": True}, {"window": (1, 1), "softcap": 2.0}], ids=str)
+def test_packed_attention_is_the_reference(kwargs, p, dtype):
+    """And row by row what each sequence gives by itself."""
+    queries = torch.tensor([0, 1, 5, 6])
+    offsets = {"cu_seqlens_q": queries, "cu_seqlens_k": OFFSETS.int(), "max_seqlen_q": 4, "max_seqlen_k": 9}
+    ours, expected = both("attention", FLAT, dtype, dropout_p=p, **offsets, **kwargs)
+    assert_same(ours, expected, dtype)
+    if p:
+        return
+    out, lse = ours[0]
+    query, key, value = (t.to(dtype) for t in FLAT)
+    for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(OFFSETS.tolist())):
+        dense = [t[None].transpose(1, 2) for t in (query[a:b], key[c:d], value[c:d])]
+        alone, alone_lse = functional.attention(*dense, return_lse=True, **kwargs)
+        torch.testing.assert_close(out[a:b].transpose(0, 1)[None], alone)
+        torch.testing.assert_close(lse[:, a:b][None], alone_lse)
+    assert (out[6:] == 0).all() and (lse[:, 6:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("image_rows", ["self", "block", "causal", "self+text"])
+@pytest.mark.parametrize("merge", ["sum", "lse", "gate", "none"])
+@pytest.mark.parametrize("p, softcap", [(0.0, None), (0.3, 2.0)])
+def test_mmca_attention_is_the_reference(image_rows, merge, p, softcap, dtype):
+    kwargs = {"image_rows": image_rows, "merge": merge, "dropout_p": p, "softcap": softcap}
     image_id = torch.tensor([[0, 1, 2, 0, 0], [3, 3, 0, 4, 0]])
-    ours, expected = (
-        f(
-            *(QUERY, KEY, VALUE, MODALITY),
-            image_rows=image_rows,
-            merge=merge,
-            image_id=image_id,
-            dropout_p=p,
-            return_lse=True,
-            generator=torch.Generator().manual_seed(7),
-        )
-        for f in (functional.mmca_attention, reference.mmca_attention)
-    )
-    torch.testing.assert_close(ours, expected)
+    for gate in (randn(2, 4, 3, 2, seed=5), randn(4, 1, 2, seed=6, dtype=dtype)) if merge == "gate" else (None,):
+        kwargs["gate"] = gate if gate is None else gate.requires_grad_()
+        ours, expected = both("mmca_attention", (QUERY, KEY, VALUE), dtype, MODALITY, image_id=image_id, **kwargs)
+        assert_same(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("image_rows", ["self", "block", "causal", "self+text"])
+@pytest.mark.parametrize("merge", ["sum", "lse", "gate", "none"])
+def test_packed_mmca_attention_is_the_reference(image_rows, merge, dtype):
+    modality, image_id = torch.tensor([1, 2, 2, 2, 1, 3, 3, 1]), torch.tensor([0, 1, 2, 2, 0, 2, 2, 0])
+    kwargs = {"image_rows": image_rows, "merge": merge, "cu_seqlens": OFFSETS, "max_seqlen": 4, "softcap": 3.0}
+    if merge == "gate":
+        kwargs["gate"] = randn(8, 4, 2, seed=5).requires_grad_()
+    for p in (0.0, 0.3):
+        ours, expected = both("mmca_attention", FLAT, dtype, modality, image_id=image_id, dropout_p=p, **kwargs)
+        assert_same(ours, expected, dtype)
+        out, lse = ours[0]
+        assert (out[..., 7:, :, :] == 0).all() and (lse[..., 7:] == -torch.inf).all()
+
+
+def test_merges_of_the_parts_are_the_merged():
+    """Of what "none" returns, the sum, the gated sum and the joint softmax are the other merges."""
+    tensors = QUERY.double(), KEY.double(), VALUE.double()
+    kwargs = {"image_rows": "causal", "return_lse": True}
+    parts, lses = functional.mmca_attention(*tensors, MODALITY, merge="none", **kwargs)
+    gate = randn(4, 3, 2, dtype=torch.float64)
+    merged = {
+        "sum": (parts.sum(0), {}),
+        "gate": ((parts * gate.movedim(-1, 0)[:, None, ..., None]).sum(0), {"gate": gate}),
+        "lse": (functional.merge_attention(parts, lses)[0], {}),
+    }
+    for merge, (expected, more) in merged.items():
+        out, lse = functional.mmca_attention(*tensors, MODALITY, merge=merge, **kwargs, **more)
+        torch.testing.assert_close(out, expected)
+        assert torch.equal(lse, lses)
 
 
 def test_positional_arguments_are_those_of_sdpa():
@@ -162,44 +251,27 @@ def test_generator_repeats_the_mask():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_served(dtype):
+@pytest.mark.parametrize("inputs", DTYPES)
+def test_autocast_is_served(inputs, dtype):
+    tensors = [t.to(inputs) for t in (QUERY, KEY, VALUE)]
     with torch.autocast("cpu", dtype=dtype):
-        out = functional.attention(*(t.to(dtype) for t in (QUERY, KEY, VALUE)))
-        expected = reference.attention(*(t.to(dtype) for t in (QUERY, KEY, VALUE)))
-    assert out.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(out, expected)
+        found = [
+            (m.attention(*tensors, is_causal=True), m.mmca_attention(*tensors, MODALITY))
+            for m in (functional, reference)
+        ]
+    expected = inputs if inputs == torch.float64 else dtype
+    assert {out.dtype for outs in found for out in outs} == {expected}
+    torch.testing.assert_close(*found)
 
 
 # ---------------------------------------------------------------- not built yet
 
-FLAT = QUERY[0].transpose(0, 1)
-OFFSETS = torch.tensor([0, 3])
 
-
-@pytest.mark.parametrize(
-    "says, call",
-    [
-        ("attn_mask", lambda f: f.attention(QUERY, KEY, VALUE, torch.zeros(3, 5))),
-        ("softcap", lambda f: f.attention(QUERY, KEY, VALUE, softcap=2.0)),
-        ("cu_seqlens", lambda f: f.attention(FLAT, FLAT, FLAT, cu_seqlens_q=OFFSETS, cu_seqlens_k=OFFSETS)),
-        ("bfloat16", lambda f: f.attention(QUERY.bfloat16(), KEY.bfloat16(), VALUE.bfloat16())),
-        ("float16", lambda f: f.attention(QUERY.half(), KEY.half(), VALUE.half())),
-        ("softcap", lambda f: f.mmca_attention(QUERY, KEY, VALUE, MODALITY, softcap=2.0)),
-        ("none", lambda f: f.mmca_attention(QUERY, KEY, VALUE, MODALITY, merge="none")),
-        ("gate", lambda f: f.mmca_attention(QUERY, KEY, VALUE, MODALITY, merge="gate", gate=torch.ones(2))),
-        ("cu_seqlens", lambda f: f.mmca_attention(FLAT, FLAT, FLAT, torch.ones(3).long(), cu_seqlens=OFFSETS)),
-        (
-            "bfloat16",
-            lambda f: f.mmca_attention(QUERY.bfloat16(), KEY.bfloat16(), VALUE.bfloat16(), MODALITY),
-        ),
-        ("linear_attention", lambda f: f.linear_attention(QUERY, KEY, VALUE, True)),
-    ],
-)
-def test_not_built_yet_names_the_argument_and_the_reference(says, call):
-    with pytest.raises(NotImplementedError, match=says) as caught:
-        call(functional)
+def test_not_built_yet_names_the_function_and_the_reference():
+    with pytest.raises(NotImplementedError, match="linear_attention") as caught:
+        functional.linear_attention(QUERY, KEY, VALUE, True)
     assert "mmca_ext.reference" in str(caught.value)
-    call(reference)  # which has it
+    reference.linear_attention(QUERY, KEY, VALUE, True)  # which has it
 
 
 # ---------------------------------------------------------------- options that do not exist
@@ -234,41 +306,3 @@ def test_not_built_yet_names_the_argument_and_the_reference(says, call):
 def test_wrong_arguments_are_named(error, says, call):
     with pytest.raises(error, match=says):
         call()
-
-
-# ---------------------------------------------------------------- compilers
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(dynamic):
-    def f(query, key, value, modality):
-        out, lse = functional.attention(query, key, value, is_causal=True, window=(3, None), return_lse=True)
-        return out + functional.mmca_attention(query, key, value, modality, image_rows="block"), lse
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for length in (5, 6):
-        key, value = randn(2, 2, length, 8, seed=1), randn(2, 2, length, 6, seed=2)
-        query = randn(2, 4, 3, 8).requires_grad_()
-        modality = torch.ones(2, length, dtype=torch.int64)
-        expected, actual = f(query, key, value, modality), compiled(query, key, value, modality)
-        torch.testing.assert_close(actual, expected)
-        grads = (torch.autograd.grad(out.sum(), query)[0] for out, _ in (expected, actual))
-        torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("rows", [False, True])
-def test_fake_results_have_the_real_layout(rows):
-    query = randn(2, 3, 4, 8).transpose(1, 2) if rows else QUERY
-    calls = (
-        (torch.ops.mmca_ext.attention, (query, KEY, VALUE, None, None, None, None, False, -1, -1, 0.0, True)),
-        (
-            torch.ops.mmca_ext.mmca_attention,
-            (query, KEY, VALUE, MODALITY, None, None, "self", "sum", None, 0.0, True),
-        ),
-    )
-    for op, args in calls:
-        real = op(*args)
-        with torch._subclasses.FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
-        for r, f in zip(real, fake, strict=True):
-            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
