@@ -89,6 +89,30 @@ def test_undefined_gradients_are_zero(name, used):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("where", ["out", "lse"])
+@pytest.mark.parametrize(
+    "name",
+    ["boolean masks", "bias (5, 7)", "packed and all", "mmca causal gate", "mmca none and all", "mmca packed lse"],
+)
+def test_what_arrives_at_empty_rows_goes_nowhere(name, where):
+    """A NaN there, of a normalised zero for instance, reaches no gradient, the gate's included."""
+    given = problem(name)
+    out, lse, _, _ = forward(**given)
+    empty = lse == -torch.inf
+    if where == "out" and "modality" in given and given["merge"] != "none":
+        empty = empty.all(0)
+    if where == "out" and "cu_seqlens_q" in given:
+        empty = empty.mT
+    assert empty.any()
+    found = []
+    for arriving in (torch.nan, 0.0):
+        grads = {"out": torch.ones_like(out), "lse": torch.ones_like(lse)}
+        grads[where][empty] = arriving
+        found.append(torch.autograd.grad((out, lse), leaves(given).values(), grads.values(), retain_graph=True))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [f32, bf16, f16])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradients_have_their_arguments_shape_and_dtype(name, dtype):

@@ -259,6 +259,18 @@ def test_fake_results_have_the_real_layout(name, rows, dtype):
             assert_fake_is_real(BACKWARD, arguments(BACKWARD, **backward, **more))
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16, torch.float64])
+@pytest.mark.parametrize("name", ["bias and all", "bias (2, 4, 5, 1)", "mmca causal gate", "mmca packed gate"])
+def test_fake_gradients_have_the_dtype_of_their_argument(name, dtype):
+    given = problem(name, dtype=torch.float16, requires_grad=())
+    for argument in ("attn_mask", "gate"):
+        if argument in given:
+            given[argument] = given[argument].to(dtype)
+    results = dict(zip(("out", "lse", "lse_low", "group_out"), forward(True, **given)))
+    backward = {"grad_out": torch.ones_like(results["out"]), **results, **given, "attn_mask_gradient": True}
+    assert_fake_is_real(BACKWARD, arguments(BACKWARD, **backward))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "features"])
 @pytest.mark.parametrize("name", ["bias (4, 5, 7)", "mmca causal none", "mmca self gate"])
 def test_fake_results_of_other_layouts(name, layout):

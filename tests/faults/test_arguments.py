@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 
+import mmca_ext
 from mmca_ext import _C, functional, reference
 
 from .common import DTYPES, qkv, same_bits
@@ -259,6 +260,15 @@ def test_kernels_entry_points(name):
     assert_refused(ValueError, message, lambda: _C.attention_forward(**dense(), **kwargs))
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nothing_where_a_tensor_has_to_be(name):
+    """None arrives at an operator as a tensor without shape, dtype and device."""
+    arguments, message = {**dense(), name: None}, f"{name} must be a tensor, got None"
+    assert_refused(TypeError, message, lambda: functional.attention(**arguments))
+    numbers = (False, "self", "sum", None, 0.0, False, -1, -1, None, None, 0.0)
+    assert_refused(TypeError, message, lambda: ops.attention(*arguments.values(), *[None] * 8, *numbers))
+
+
 OUT, LSE = torch.zeros(2, 4, 3, 12), torch.zeros(2, 4, 3)
 RESULTS = [
     (ValueError, r"results and gradients must be on", {"out": OUT.to("meta")}),
@@ -377,6 +387,20 @@ def test_packed_reference(error, message, offsets):
 @pytest.mark.parametrize("error, message, changes", REFERENCE)
 def test_the_reference(error, message, changes):
     assert_refused(error, message, lambda: reference.attention(**{**dense(), **changes}))
+
+
+X = torch.zeros(2, 3, 8)
+LAYERS = [
+    (TypeError, r"x must be a tensor, got list", lambda mgqa, _: mgqa([1.0])),
+    (ValueError, r"x and context differ in batch: 2 and 1", lambda mgqa, _: mgqa(X, X[:1])),
+    (ValueError, r"modality must have shape \(2, 3\), got \(2, 4\)", lambda _, mmca: mmca(X, torch.ones(2, 4).long())),
+]
+
+
+@pytest.mark.parametrize("error, message, call", LAYERS)
+def test_layers(error, message, call):
+    layers = mmca_ext.MGQA(8, heads=2, dim_head=4), mmca_ext.MultiModalCausalAttention(8, heads=2, dim_head=4)
+    assert_refused(error, message, lambda: call(*layers))
 
 
 # ---------------------------------------------------------------- cast by rule

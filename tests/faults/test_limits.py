@@ -140,6 +140,14 @@ def test_many_sequences(isa, dtype):
     assert (results["lse"].double() - expected).abs().max() <= eps * (4 + 2 * size)
 
 
+@pytest.mark.parametrize("window", [(2**63 - 1, 2**63 - 1), (2**63 - 1, 0), (0, 2**63 - 1), (2**31, 2**31), (2**62, 1)])
+def test_windows_of_any_width(isa, window, dtype):
+    """As wide as an integer can say is as wide as the keys are."""
+    arguments = problem("plain", dtype, 20, 50)
+    expected = everything({**arguments, "window": tuple(min(side, 100) for side in window)})
+    assert_same_bits(everything({**arguments, "window": window}), expected)
+
+
 def test_more_queries_than_keys_under_causal(isa, dtype):
     arguments = problem("causal", dtype, 50, 40)
     results = everything(arguments)

@@ -245,6 +245,23 @@ def test_a_bad_gate_spoils_its_own_row_alone(rows, bad, q_len, dtype):
     assert same_bits(actual["out"].masked_fill(~text, 0), expected["out"].masked_fill(~text, 0))
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_a_group_of_no_weight_stays_clear_of_the_other(bad, dtype):
+    """Merge "lse" gives the images a weight of exactly 0 where their scores are far below: then a bad value of the text
+    does not reach the gradients of their keys and values."""
+    query, key, value = qkv(50, 50, dtype=dtype)
+    ids = torch.tensor([1, 2, 2, 1, 2]).repeat(2, 10)
+    images = (ids == 2)[0]
+    query[..., 0], key[..., 0] = 8.0, torch.where(images, -2e3, 2e3).to(dtype)
+    kwargs = {"modality": ids, "merge": "lse"}
+    expected = results_of(query, key, value, **kwargs)
+    value[:, :, ~images, 3] = bad
+    actual = results_of(query, key, value, **kwargs)
+    assert same_bits(actual["d_key"][:, :, images], expected["d_key"][:, :, images])
+    assert same_bits(actual["d_value"][:, :, images], expected["d_value"][:, :, images])
+    assert not actual["out"][:, :, ~images].isfinite().all()
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_bad_gradient_spoils_its_own_row_alone(size, dtype):
     q_len, k_len = SIZES[size]
