@@ -383,7 +383,24 @@ def test_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = results(layer(*args))
     for actual, expected in zip(out, results(layer(*args)), strict=True):
+        assert actual.dtype == torch.bfloat16
         torch.testing.assert_close(actual.float(), expected, atol=0.1, rtol=0.1)
+    sum(r.float().square().sum() for r in out).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_autocast_without_flash(name):
+    """The reference casts as the operators do."""
+    outs = []
+    for flash in (True, False):
+        layer, args = layers(flash=flash)[name]
+        layer, args = layer.float(), [a.float() if a.is_floating_point() else a for a in args]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outs.append(results(layer(*args)))
+    for actual, expected in zip(*outs, strict=True):
+        assert actual.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)
 
 
 def test_heads_are_split_and_merged_without_a_copy():
