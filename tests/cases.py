@@ -442,13 +442,13 @@ def run_reference(case, dtype):
 
 def run_kernels(case):
     """The operators under the case's instruction set and number of threads."""
-    threads = torch.get_num_threads()
+    threads, isa = torch.get_num_threads(), _C.forced_isa()
     _C.force_isa(case.isa)
     torch.set_num_threads(case.threads)
     try:
         return run(case, getattr(functional, case.op), lambda t: t)
     finally:
-        _C.force_isa(None)
+        _C.force_isa(isa)
         torch.set_num_threads(threads)
 
 

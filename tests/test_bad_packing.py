@@ -87,7 +87,7 @@ def test_offsets(error, message, offsets, side):
 
 @pytest.mark.parametrize("error, message, offsets", BAD_OFFSETS)
 def test_offsets_of_mmca(error, message, offsets):
-    message = f"cu_seqlens_q {message}".replace("{n}", "7")
+    message = f"mmca_attention: cu_seqlens {message}".replace("{n}", "7")
     check(error, message, functional.mmca_attention, mmca_arguments(cu_seqlens=offsets), "mmca_attention")
 
 
@@ -237,7 +237,7 @@ def test_bounds_that_are_too_small(side, longest, value):
 
 @pytest.mark.parametrize("value", [3, 0, -1, LOWEST])
 def test_bounds_of_mmca_that_are_too_small(value):
-    message = f"max_seqlen_q must be at least the longest sequence's 4 tokens, got {value}"
+    message = f"mmca_attention: max_seqlen must be at least the longest sequence's 4 tokens, got {value}"
     check(ValueError, message, functional.mmca_attention, mmca_arguments(max_seqlen=value), "mmca_attention")
 
 

@@ -50,7 +50,7 @@ const at::Tensor& given(const char* op, const char* name, const at::Tensor& t) {
 Arguments::Arguments(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                      std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k,
-                     std::optional<double> scale, double softcap)
+                     std::optional<double> scale, double softcap, bool is_mmca)
     : op_(op),
       packed_(cu_seqlens_q || cu_seqlens_k),
       device_(given(op, "query", query).device()),
@@ -58,6 +58,7 @@ Arguments::Arguments(const char* op, const at::Tensor& query, const at::Tensor& 
       statistic_dtype_(dtype_ == at::kDouble ? at::kDouble : at::kFloat) {
   check_tensors(query, key, value);
   Problem& p = problem;
+  p.is_mmca = is_mmca;
   p.dtype = dtype_of(op_, "query", dtype_);
   const int heads = 1, rows = packed_ ? 0 : 2;
   p.batch = packed_ ? 0 : query.size(0);
@@ -136,34 +137,36 @@ void Arguments::check_lengths() const {
 
 void Arguments::set_offsets(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                             std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k) {
-  const auto read = [&](const char* side, const at::Tensor& offsets, std::int64_t tokens,
+  // mmca_attention's callers gave one list, which is both.
+  const auto read = [&](const char* side_or_both, const at::Tensor& offsets, std::int64_t tokens,
                         std::optional<std::int64_t> longest_allowed) {
+    const char* side = problem.is_mmca ? "" : side_or_both;
     const at::ScalarType type = offsets.scalar_type();
-    TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, op_, ": cu_seqlens_", side,
+    TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, op_, ": cu_seqlens", side,
                      " must be an int32 or int64 tensor, got ", type);
-    TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() >= 1, op_, ": cu_seqlens_", side,
+    TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() >= 1, op_, ": cu_seqlens", side,
                       " must have shape (sequences + 1,), got ", offsets.sizes());
-    TORCH_CHECK_VALUE(offsets.device() == device_, op_, ": cu_seqlens_", side, " must be on the query's device ",
+    TORCH_CHECK_VALUE(offsets.device() == device_, op_, ": cu_seqlens", side, " must be on the query's device ",
                       device_, ", got ", offsets.device());
     const at::Tensor wide = offsets.to(at::kLong).contiguous();
     const auto* value = wide.const_data_ptr<std::int64_t>();
     const std::vector<std::int64_t> list(value, value + wide.numel());
-    TORCH_CHECK_VALUE(list[0] == 0, op_, ": cu_seqlens_", side, " must start at 0, got ", list[0]);
+    TORCH_CHECK_VALUE(list[0] == 0, op_, ": cu_seqlens", side, " must start at 0, got ", list[0]);
     std::int64_t longest = 0;
     for (std::size_t i = 1; i < list.size(); ++i) {
-      TORCH_CHECK_VALUE(list[i] >= list[i - 1], op_, ": cu_seqlens_", side, " must not decrease, got ", list[i],
+      TORCH_CHECK_VALUE(list[i] >= list[i - 1], op_, ": cu_seqlens", side, " must not decrease, got ", list[i],
                         " after ", list[i - 1], " at ", i);
-      TORCH_CHECK_VALUE(list[i] <= tokens, op_, ": cu_seqlens_", side, " must end at most at the ", tokens,
+      TORCH_CHECK_VALUE(list[i] <= tokens, op_, ": cu_seqlens", side, " must end at most at the ", tokens,
                         " tokens there are, got ", list[i], " at ", i);
       longest = std::max(longest, list[i] - list[i - 1]);
     }
-    TORCH_CHECK_VALUE(!longest_allowed || *longest_allowed >= longest, op_, ": max_seqlen_", side,
+    TORCH_CHECK_VALUE(!longest_allowed || *longest_allowed >= longest, op_, ": max_seqlen", side,
                       " must be at least the longest sequence's ", longest, " tokens, got ",
                       longest_allowed.value_or(0));
     return list;
   };
-  q_offsets_ = read("q", cu_seqlens_q, problem.q_len, max_seqlen_q);
-  k_offsets_ = read("k", cu_seqlens_k, problem.k_len, max_seqlen_k);
+  q_offsets_ = read("_q", cu_seqlens_q, problem.q_len, max_seqlen_q);
+  k_offsets_ = read("_k", cu_seqlens_k, problem.k_len, max_seqlen_k);
   TORCH_CHECK_VALUE(q_offsets_.size() == k_offsets_.size(), op_,
                     ": cu_seqlens_q and cu_seqlens_k must list the same number of sequences, got ",
                     q_offsets_.size() - 1, " and ", k_offsets_.size() - 1);
@@ -257,7 +260,6 @@ void Arguments::set_modality(const at::Tensor& ids, const OptionalTensor& images
   const auto* value = modality_.const_data_ptr<std::int32_t>();
   for (std::int64_t i = 0; i < modality_.numel(); ++i)
     TORCH_CHECK_VALUE(value[i] >= 0, op_, ": modality must be 0 (padding), 1 (text) or >= 2 (image), got ", value[i]);
-  p.is_mmca = true;
   p.modality = value;
   if (images) {
     image_id_ = token_ids("image_id", *images);

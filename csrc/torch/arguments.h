@@ -35,7 +35,7 @@ class Arguments {
   Arguments(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
             std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k,
-            std::optional<double> scale, double softcap);
+            std::optional<double> scale, double softcap, bool is_mmca);
 
   void set_band(bool is_causal, std::int64_t window_left, std::int64_t window_right);
   // attn_mask: boolean, or floating-point: a bias.

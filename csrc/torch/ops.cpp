@@ -18,12 +18,12 @@ Arguments make_arguments(const Tensor& query, const Tensor& key, const Tensor& v
                          c10::string_view image_rows, c10::string_view merge, std::optional<double> scale,
                          double softcap, bool is_causal, std::int64_t window_left, std::int64_t window_right,
                          const OptionalLength& max_seqlen_q, const OptionalLength& max_seqlen_k, double dropout_p) {
-  const char* op = modality ? "mmca_ext.mmca_attention" : "mmca_ext.attention";
+  const char* op = modality ? "mmca_ext.mmca_attention" : "mmca_ext.attention";  // as the functions are called
   const auto length = [](const OptionalLength& n) {
     return n ? std::optional<std::int64_t>(n->guard_int(__FILE__, __LINE__)) : std::nullopt;
   };
   Arguments arguments(op, query, key, value, cu_seqlens_q, cu_seqlens_k, length(max_seqlen_q), length(max_seqlen_k),
-                      scale, softcap);
+                      scale, softcap, modality.has_value());
   if (modality) {
     TORCH_CHECK_VALUE(
         !attn_mask && !key_mask && !is_causal && window_left == -1 && window_right == -1, op,
@@ -31,6 +31,8 @@ Arguments make_arguments(const Tensor& query, const Tensor& key, const Tensor& v
     arguments.set_modality(*modality, image_id, image_rows, merge, gate);
   } else {
     TORCH_CHECK_VALUE(!image_id && !gate, op, ": ", gate ? "gate" : "image_id", " belongs to modality");
+    TORCH_CHECK_VALUE(image_rows == "self" && merge == "sum", op, ": image_rows and merge belong to modality, got '",
+                      image_rows, "' and '", merge, "' without it");
     arguments.set_band(is_causal, window_left, window_right);
     arguments.set_masks(attn_mask, key_mask);
   }

@@ -214,7 +214,7 @@ def test_packed(error, message, changes):
 def test_packed_mmca(offsets):
     arguments = {name: x for name, x in packed().items() if not name.startswith("cu")}
     arguments.update(modality=torch.ones(9, dtype=torch.int64), cu_seqlens=torch.tensor(offsets))
-    assert_refused(ValueError, r"cu_seqlens_q must (start|not|end)", lambda: functional.mmca_attention(**arguments))
+    assert_refused(ValueError, r": cu_seqlens must (start|not|end)", lambda: functional.mmca_attention(**arguments))
     arguments.update(cu_seqlens=torch.tensor([0, 9]), modality=torch.ones(1, 9, dtype=torch.int64))
     message = r"modality must have shape \(T,\) = \[9\], got \[1, 9\]"
     assert_refused(ValueError, message, lambda: functional.mmca_attention(**arguments))
@@ -242,6 +242,8 @@ RAW = {
     "a mask": (r"modality decides what a row sees", {"modality": IDS, "attn_mask": torch.ones(3, 5) > 0}),
     "a window": (r"modality decides what a row sees", {"modality": IDS, "window_left": 3}),
     "a lonely gate": (r"gate belongs to modality", {"gate": torch.ones(2)}),
+    "lonely rows": (r"image_rows and merge belong to modality, got 'block' and 'sum'", {"image_rows": "block"}),
+    "lonely merge": (r"image_rows and merge belong to modality, got 'self' and 'x'", {"merge": "x"}),
     "lonely images": (r"image_id belongs to modality", {"image_id": IDS}),
     "window": (r"window must be \(left, right\).*\(-2, -1\)", {"window_left": -2}),
     "right window": (r"window must be \(left, right\).*\(-1, -9\)", {"window_right": -9}),
