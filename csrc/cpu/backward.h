@@ -94,7 +94,6 @@ class Backward {
       grad_buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
       row_buffer_ = arena.take<T>(dim);
       own_buffer_ = arena.take<T>(2 * static_cast<std::size_t>(padded_head_dim_));
-      visible_ = arena.take<std::uint8_t>(strip_rows * width);
     }
 
     void run() {
@@ -287,13 +286,16 @@ class Backward {
     void meet(std::int64_t entry, int rows, std::int32_t first, int c, int n) {
       const int strips = (rows + strip_rows - 1) / strip_rows, padded_keys = round_up(n, strip_rows);
       int from[block_strips], to[block_strips];  // columns of P and dS that were computed, per strip
+      std::uint64_t live[block_strips];          // bit p: panel p of them holds a visible key
       for (int s = 0; s < strips; ++s) {
         const int count = std::min(strip_rows, rows - s * strip_rows);
         const StripRange range =
             strip_range(rows_, item_.group, entry + s * strip_rows, entry + s * strip_rows + count);
         from[s] = std::clamp((range.any.begin - first - c) / width * width, 0, n);
         to[s] = std::max(from[s], round_up(std::clamp(range.any.end - first - c, 0, n), width));
-        for (int k = from[s]; k < to[s]; k += width) score(entry, s, count, range.all, first + c + k, c + k, k);
+        live[s] = 0;
+        for (int k = from[s]; k < to[s]; k += width)
+          if (score(entry, s, count, range.all, first + c + k, c + k, k)) live[s] |= std::uint64_t{1} << (k / width);
         for (int r = s * strip_rows; r < s * strip_rows + count; ++r) {
           differentiate(entry + r, r, first + c, from[s], to[s]);
           for (T* row : {weights_ + r * stride, score_grads_ + r * stride}) {
@@ -306,19 +308,21 @@ class Backward {
       const std::ptrdiff_t key_panel = static_cast<std::ptrdiff_t>(range_keys_) * width;
       for (int d = 0; d < padded_head_dim_; d += width)
         for (int s = 0; s < strips; ++s)
-          if (from[s] < to[s])
+          for_each_run(live[s], [&](int first_panel, int end_panel) {
+            const int begin = first_panel * width;
             row_tile<T, strip_rows, stride>(
-                std::min(to[s], n) - from[s], score_grads_ + s * strip_rows * stride + from[s],
-                key_rows_ + d / width * key_panel + static_cast<std::ptrdiff_t>(c + from[s]) * width,
+                std::min(end_panel * width, n) - begin, score_grads_ + s * strip_rows * stride + begin,
+                key_rows_ + d / width * key_panel + static_cast<std::ptrdiff_t>(c + begin) * width,
                 grad_query + static_cast<std::ptrdiff_t>(s) * strip_rows * padded_head_dim_ + d, padded_head_dim_);
-      add_transposed(weights_, grad_rows_, padded_value_dim_, grad_value_, c, padded_keys, rows, from, to);
-      add_transposed(score_grads_, query_rows_, padded_head_dim_, grad_key_, c, padded_keys, rows, from, to);
+          });
+      add_transposed(weights_, grad_rows_, padded_value_dim_, grad_value_, c, padded_keys, rows, live);
+      add_transposed(score_grads_, query_rows_, padded_head_dim_, grad_key_, c, padded_keys, rows, live);
       if (!keys_finite_ || !queries_finite_ || !grads_finite_)
         add_hidden_non_finite(entry, rows, first, c, n, grad_query);
     }
 
-    // Q K^T and dO' V^T for one tile.
-    void score(std::int64_t entry, int s, int count, Range all, std::int32_t key, int packed, int column) {
+    // Q K^T and dO' V^T for one tile; false if nobody looks there.
+    bool score(std::int64_t entry, int s, int count, Range all, std::int32_t key, int packed, int column) {
       T* scores = weights_ + s * strip_rows * stride + column;
       T* grads = score_grads_ + s * strip_rows * stride + column;
       const std::int64_t first_entry = entry + s * strip_rows;
@@ -332,7 +336,7 @@ class Backward {
           std::fill_n(scores + r * stride, width, -infinity<T>);
           std::fill_n(grads + r * stride, width, T(0));
         }
-        return;
+        return false;
       }
       score_tile<T, strip_rows, stride>(head_dim_, query_strips_ + s * strip_size_,
                                         key_columns_ + static_cast<std::ptrdiff_t>(packed) * padded_head_dim_, scores);
@@ -341,11 +345,12 @@ class Backward {
                                         grads);
       if (natural_)
         shape_.template apply<stride>(count, scores, slopes_ ? slopes_ + s * strip_rows * stride + column : nullptr);
-      if (tile == Visibility::all) return;
+      if (tile == Visibility::all) return true;
       // A hidden product may have overflowed, and padding rows must not meet a hidden NaN either.
-      const std::uint8_t* visible = pairs ? visible_ : nullptr;
+      const auto* visible = pairs ? &visible_ : nullptr;
       visibility_.hide<width>(first_entry, count, strip_rows, key, visible, scores, stride, -infinity<T>);
       visibility_.hide<width>(first_entry, count, strip_rows, key, visible, grads, stride, T(0));
+      return true;
     }
 
     // Row r of the block: scores become P Z, and dO' V^T becomes dS.
@@ -412,23 +417,23 @@ class Backward {
 
     // gradient[key] += columns of `weights` times packed rows, over the strips that look at the keys.
     void add_transposed(const T* weights, const T* packed_rows, int dim, T* gradient, int c, int padded_keys, int rows,
-                        const int* from, const int* to) {
-      int begin[key_block / strip_rows], end[key_block / strip_rows];  // rows
+                        const std::uint64_t* live) {
+      std::uint64_t lookers[key_block / strip_rows];  // bit s: strip s looks at one of these tile_rows keys
       for (int k = 0; k < padded_keys; k += strip_rows) {
-        int& b = begin[k / strip_rows] = rows;
-        int& e = end[k / strip_rows] = 0;
+        const std::uint64_t panels =
+            (std::uint64_t{2} << (k + strip_rows - 1) / width) - (std::uint64_t{1} << k / width);
+        std::uint64_t& strips = lookers[k / strip_rows] = 0;
         for (int s = 0; s * strip_rows < rows; ++s)
-          if (from[s] < k + strip_rows && to[s] > k)
-            b = std::min(b, s * strip_rows), e = std::min((s + 1) * strip_rows, rows);
+          if (live[s] & panels) strips |= std::uint64_t{1} << s;
       }
       for (int d = 0; d < dim; d += width)
-        for (int k = 0; k < padded_keys; k += strip_rows) {
-          const int b = begin[k / strip_rows], e = end[k / strip_rows];
-          if (b < e)
+        for (int k = 0; k < padded_keys; k += strip_rows)
+          for_each_run(lookers[k / strip_rows], [&](int first_strip, int end_strip) {
+            const int b = first_strip * strip_rows, e = std::min(end_strip * strip_rows, rows);
             transposed_tile<T, stride>(e - b, weights + static_cast<std::ptrdiff_t>(b) * stride + k,
                                        packed_rows + (static_cast<std::ptrdiff_t>(d / width) * row_block + b) * width,
                                        gradient + static_cast<std::ptrdiff_t>(c + k) * dim + d, dim);
-        }
+          });
     }
 
     // What zero_non_finite took out of the panels, for the pairs that see each other (see cpu/pack.h).
@@ -513,6 +518,7 @@ class Backward {
     const KeyList& keys_;
     const Visibility visibility_;
     ScoreShape<T, width> shape_;
+    Visibility::Pairs<strip_rows, width> visible_;  // of the tile at hand
     const BackwardHead& head_;
     const BackwardItem& item_;
     const int head_dim_, value_dim_, padded_head_dim_, padded_value_dim_, strip_size_, value_strip_size_, range_keys_;
@@ -524,7 +530,6 @@ class Backward {
         *dropout_, *slopes_;
     T *buffer_, *grad_buffer_, *row_buffer_, *own_buffer_;
     SplitLse<T>* lse2_;
-    std::uint8_t* visible_;
   };
 
   T* partial(const BackwardHead& head, int part, std::int64_t entry, int padded_head_dim) const {

@@ -64,7 +64,6 @@ class Forward {
       factor_ = arena.take<T>(row_block);
       dropout_ = arena.take<T>(key_block);
       buffer_ = arena.take<T>(static_cast<std::size_t>(width) * dim);
-      visible_ = arena.take<std::uint8_t>(strip_rows * width);
       before_ = arena.take<T>(static_cast<std::size_t>(few_rows) * padded_value_dim_);
       key_row_ = arena.take<const T*>(key_block);
       value_row_ = arena.take<const T*>(key_block);
@@ -177,10 +176,11 @@ class Forward {
       if (!values_finite_) add_hidden_non_finite(group, block, rows, first, keys, live);
     }
 
-    // S = Q K^T where somebody looks, -inf where nobody does, and lane-wise row maxima.
+    // S = Q K^T and lane-wise row maxima, in the panels where somebody looks: the live ones.
     void score(int group, int block, int rows, std::int32_t first, int keys, std::uint64_t* live) {
       const Visibility visibility(rows_, rows_.plan.keys[group], group);
       ScoreShape<T, width> shape(rows_, rows_.plan.keys[group]);
+      Visibility::Pairs<strip_rows, width> visible;
       StripRange range[block_strips];
       const int strips = (rows + strip_rows - 1) / strip_rows;
       for (int s = 0; s < strips; ++s) {
@@ -201,11 +201,8 @@ class Forward {
           const bool pairs = visibility.has_mask() || !finite_bias;
           auto tile = Visibility::all;
           if (pairs || key < range[s].all.begin || key + width > range[s].all.end)
-            tile = visibility.look<width>(entry, n, key, finite_bias ? nullptr : shape.bias(), visible_);
-          if (tile == Visibility::none) {
-            for (int r = 0; r < n; ++r) std::fill_n(scores + r * stride, width, -infinity<T>);
-            continue;
-          }
+            tile = visibility.look<width>(entry, n, key, finite_bias ? nullptr : shape.bias(), visible);
+          if (tile == Visibility::none) continue;
           live[s] |= std::uint64_t{1} << (c / width);
           const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
           const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
@@ -223,7 +220,7 @@ class Forward {
           }
           if (natural_) shape.template apply<stride>(n, scores, nullptr);
           if (tile == Visibility::some)
-            visibility.hide<width>(entry, n, n, key, pairs ? visible_ : nullptr, scores, stride, -infinity<T>);
+            visibility.hide<width>(entry, n, n, key, pairs ? &visible : nullptr, scores, stride, -infinity<T>);
           for (int r = 0; r < n; ++r) {
             T *row = scores + r * stride, *best = row_max + r * S::width;
             S::store(best, S::max(S::load(best), S::max(S::load(row), S::load(row + S::width))));
@@ -234,7 +231,6 @@ class Forward {
 
     // P = exp2(c (S - m')), and the running maximum, sum and rescaling factor of each row of a strip.
     void softmax(int group, int first_row, int rows, int strip, std::int32_t first, std::uint64_t live) {
-      const int from = __builtin_ctzll(live) * width, to = (64 - __builtin_clzll(live)) * width;
       for (int r = 0; r < rows; ++r) {
         const int in_block = strip * strip_rows + r;
         T* scores = scores_ + in_block * stride;
@@ -245,16 +241,23 @@ class Forward {
         maximum_[first_row + r] = best;
         factor_[in_block] = factor;
         T* sum = sum_ + static_cast<std::ptrdiff_t>(first_row + r) * S::width;
-        S::store(sum,
-                 S::fma(S::broadcast(factor), S::load(sum), exp2_row<T>(scores + from, to - from, scale_, maximum)));
-        if (problem_.dropout.threshold) {
-          const Row row = rows_.at(begin_ + first_row + r);
-          dropout_factors<T>(problem_.dropout, rows_.plan.keys[group], first + from, to - from,
-                             static_cast<std::uint32_t>(rows_.position(row.row)),
-                             static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
-          multiply_by<T>(scores + from, dropout_, to - from);
-        }
+        typename S::Reg total = S::mul(S::broadcast(factor), S::load(sum));
+        for_each_run(live, [&](int first_panel, int end_panel) {
+          const int from = first_panel * width, to = end_panel * width;
+          total = S::add(total, exp2_row<T>(scores + from, to - from, scale_, maximum));
+          if (problem_.dropout.threshold) drop(group, first_row + r, first + from, to - from, scores + from);
+        });
+        S::store(sum, total);
       }
+    }
+
+    // Weights of keys first..first+count-1 of the list, for one row, times Z.
+    void drop(int group, int r, std::int32_t first, int count, T* weights) {
+      const Row row = rows_.at(begin_ + r);
+      dropout_factors<T>(problem_.dropout, rows_.plan.keys[group], first, count,
+                         static_cast<std::uint32_t>(rows_.position(row.row)),
+                         static_cast<std::uint32_t>(rows_.batch * problem_.q_heads + row.head), dropout_);
+      multiply_by<T>(weights, dropout_, count);
     }
 
     // O = f O + P V over the runs of live panels.
@@ -262,19 +265,15 @@ class Forward {
       const T* weights = scores_ + strip * strip_rows * stride;
       const T* factor = factor_ + strip * strip_rows;
       bool rescale = true;
-      while (live) {
-        const int from = __builtin_ctzll(live);
-        const std::uint64_t after = ~(live >> from);
-        const int run = after ? __builtin_ctzll(after) : 64 - from;
-        const int depth = std::min((from + run) * width, keys) - from * width;
-        const T *p = weights + from * width, *v = values + static_cast<std::ptrdiff_t>(from) * width * width;
+      for_each_run(live, [&](int first_panel, int end_panel) {
+        const int from = first_panel * width, depth = std::min(end_panel * width, keys) - from;
+        const T *p = weights + from, *v = values + static_cast<std::ptrdiff_t>(from) * width;
         with_tile_height<T>(rows, [&](auto height) {
           if (rescale) rescaled_row_tile<T, height.value, stride>(depth, p, v, out, padded_value_dim_, factor);
           else row_tile<T, height.value, stride>(depth, p, v, out, padded_value_dim_);
         });
         rescale = false;
-        live = from + run >= 64 ? 0 : live >> (from + run) << (from + run);
-      }
+      });
     }
 
     // The same for the few rows of an item, from values where they lie. Nobody has looked at those values yet: only
@@ -300,10 +299,15 @@ class Forward {
 
     void weigh_live_directly(int rows, T* out, const std::uint64_t* live) {
       for (int r = 0, s = 0; r < rows; r += strip_rows, ++s) {
-        if (!live[s]) continue;
-        const int from = __builtin_ctzll(live[s]) * width, to = (64 - __builtin_clzll(live[s])) * width;
-        direct_weigh<T, stride>(std::min(strip_rows, rows - r), to - from, scores_ + r * stride + from,
-                                value_row_ + from, padded_value_dim_, out + r * padded_value_dim_, factor_ + r);
+        T ones[strip_rows];
+        std::fill_n(ones, strip_rows, T(1));
+        const T* factor = factor_ + r;
+        for_each_run(live[s], [&](int first_panel, int end_panel) {
+          const int from = first_panel * width, to = end_panel * width;
+          direct_weigh<T, stride>(std::min(strip_rows, rows - r), to - from, scores_ + r * stride + from,
+                                  value_row_ + from, padded_value_dim_, out + r * padded_value_dim_, factor);
+          factor = ones;
+        });
       }
     }
 
@@ -389,7 +393,6 @@ class Forward {
     T *query_, *output_, *maximum_, *sum_, *keys_, *values_, *scores_, *row_max_, *factor_, *dropout_, *buffer_,
         *before_;
     double* lse2_;  // to base 2
-    std::uint8_t* visible_;
     const T **key_row_, **value_row_;
   };
 

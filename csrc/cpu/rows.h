@@ -27,6 +27,22 @@ struct RowList {
     return plan.ranges[group][static_cast<std::size_t>(entry / problem.heads_per_kv())];
   }
   std::int64_t position(std::int32_t row) const { return row + problem.row_shift(); }
+
+  // Walks the entries from one on without dividing for each.
+  struct Walk {
+    const RowList& rows;
+    std::int64_t index, head, heads;  // head: among those of the KV head
+
+    Row row() const { return {rows.plan.row(index), static_cast<std::int32_t>(rows.kv_head * heads + head)}; }
+    Range range(int group) const { return rows.plan.ranges[group][static_cast<std::size_t>(index)]; }
+    void next() {
+      if (++head == heads) head = 0, ++index;
+    }
+  };
+  Walk walk(std::int64_t entry) const {
+    const std::int64_t heads = problem.heads_per_kv();
+    return {*this, entry / heads, entry % heads, heads};
+  }
 };
 
 // What the rows of one strip see of one group, in list coordinates.
@@ -90,48 +106,61 @@ class Visibility {
 
   enum Tile { none, some, all };
 
+  // Which pairs of a tile are visible: entry r of it sees key c iff row[r][c] is not zero.
+  template <int rows, int width>
+  struct Pairs {
+    const std::uint8_t* row[rows];
+    alignas(64) std::uint8_t copy[rows * width];
+  };
+
   // How much of a tile is visible that the rows' ranges do not all cover, or a mask or a bias (rows of the tile, null:
-  // none) may hide: entries begin..begin+count-1, keys key..key+width-1. With one of these the pairs are written to
-  // visible[count][width]; otherwise the ranges say it all.
-  template <int width, class T>
+  // none) may hide: entries begin..begin+count-1, keys key..key+width-1. With one of these `pairs` is filled in;
+  // otherwise the ranges say it all.
+  template <int width, class T, int tile_rows>
   MMCA_NOINLINE Tile look(std::int64_t begin, int count, std::int32_t key, const T* const* bias,
-                          std::uint8_t* visible) const {
+                          Pairs<tile_rows, width>& pairs) const {
     if (!has_mask() && !bias) return some;
     const auto& mask = rows.problem.attn_mask;
-    int seen = 0;
-    for (int r = 0; r < count; ++r) {
-      std::uint8_t* out = visible + r * width;
-      const auto [from, to] = columns<width>(begin + r, key);
-      std::fill_n(out, width, std::uint8_t{0});
-      std::fill_n(out + from, to - from, std::uint8_t{1});
-      if (has_mask()) {
-        const Row row = rows.at(begin + r);
-        const std::uint8_t* source = mask.data + mask.offset(row.head, row.row);
-        if (keys.identity() && mask.feature == 1 && to - from == width) {
-          for (int c = 0; c < width; ++c) out[c] = source[key + c] != 0;
-        } else {
-          for (int c = from; c < to; ++c) out[c] = source[keys.position(key + c) * mask.feature] != 0;
-        }
+    const bool in_place = has_mask() && !bias && keys.identity() && mask.feature == 1;
+    alignas(64) std::uint8_t any[width] = {}, every[width];
+    std::fill_n(every, width, std::uint8_t{1});
+    auto entry = rows.walk(begin);
+    for (int r = 0; r < count; ++r, entry.next()) {
+      const auto [from, to] = columns<width>(entry.range(group), key);
+      const Row row = entry.row();
+      const std::uint8_t* source = has_mask() ? mask.data + mask.offset(row.head, row.row) : nullptr;
+      if (in_place && to - from == width) {
+        pairs.row[r] = source + key;
+      } else {
+        std::uint8_t* out = pairs.copy + r * width;
+        std::fill_n(out, width, std::uint8_t{0});
+        for (int c = from; c < to; ++c) out[c] = !source || source[keys.position(key + c) * mask.feature] != 0;
+        if (bias)
+          for (int c = 0; c < width; ++c) out[c] &= bias[r][c] != -infinity<T>;
+        pairs.row[r] = out;
       }
-      if (bias)
-        for (int c = 0; c < width; ++c) out[c] &= bias[r][c] != -infinity<T>;
-      for (int c = 0; c < width; ++c) seen += out[c];
+      const std::uint8_t* visible = pairs.row[r];
+      for (int c = 0; c < width; ++c) any[c] |= visible[c], every[c] &= visible[c];
     }
-    return seen == 0 ? none : seen == count * width ? all : some;
+    int seen = 0, full = 0;  // every: a true byte that is not 1 may count as `some`, which is as right
+    for (int c = 0; c < width; ++c) seen += any[c] != 0, full += every[c];
+    return seen == 0 ? none : full == width ? all : some;
   }
 
   // Replaces what a tile that was looked at hides, in `tile_rows` rows `stride` apart; rows from `count` on hide
-  // everything. `visible`: null if the ranges say it all.
-  template <int width, class T>
-  MMCA_INLINE void hide(std::int64_t begin, int count, int tile_rows, std::int32_t key, const std::uint8_t* visible,
-                        T* tile, std::ptrdiff_t stride, T replacement) const {
-    for (int r = 0; r < tile_rows; ++r, tile += stride) {
+  // everything. `pairs`: null if the ranges say it all.
+  template <int width, class T, int pair_rows>
+  MMCA_INLINE void hide(std::int64_t begin, int count, int tile_rows, std::int32_t key,
+                        const Pairs<pair_rows, width>* pairs, T* tile, std::ptrdiff_t stride, T replacement) const {
+    auto entry = rows.walk(begin);
+    for (int r = 0; r < tile_rows; ++r, tile += stride, entry.next()) {
       if (r >= count) {
         std::fill_n(tile, width, replacement);
-      } else if (visible) {
-        for (int c = 0; c < width; ++c) tile[c] = visible[r * width + c] ? tile[c] : replacement;
+      } else if (pairs) {
+        const std::uint8_t* visible = pairs->row[r];
+        for (int c = 0; c < width; ++c) tile[c] = visible[c] ? tile[c] : replacement;
       } else {
-        const auto [from, to] = columns<width>(begin + r, key);
+        const auto [from, to] = columns<width>(entry.range(group), key);
         for (int c = 0; c < from; ++c) tile[c] = replacement;
         for (int c = to; c < width; ++c) tile[c] = replacement;
       }
@@ -143,11 +172,22 @@ class Visibility {
     int from, to;  // from == to: none
   };
 
-  // The columns of a tile at `key` that lie in an entry's range.
+  // The columns of a tile at `key` that lie in a range.
   template <int width>
-  MMCA_INLINE Columns columns(std::int64_t entry, std::int32_t key) const {
-    const Range range = rows.range(group, entry);
+  static MMCA_INLINE Columns columns(Range range, std::int32_t key) {
     const int from = std::clamp(range.begin - key, 0, width);
     return {from, std::max(from, std::clamp(range.end - key, 0, width))};
   }
 };
+
+// Calls body(from, to) for every run of set bits.
+template <class Body>
+MMCA_INLINE void for_each_run(std::uint64_t bits, const Body& body) {
+  while (bits) {
+    const int from = __builtin_ctzll(bits);
+    const std::uint64_t after = ~(bits >> from);
+    const int to = after ? from + __builtin_ctzll(after) : 64;
+    body(from, to);
+    bits = to >= 64 ? 0 : bits >> to << to;
+  }
+}

@@ -72,8 +72,9 @@ class ScoreShape {
     const int listed = std::clamp(keys_.size - key, 0, width);
     typename S::Reg finite = S::zero();
     with_elements(rows_.problem.bias_dtype, bias.data, [&](const auto* data) {
-      for (int r = 0; r < count; ++r) {
-        const Row row = rows_.at(begin + r);
+      auto entry = rows_.walk(begin);
+      for (int r = 0; r < count; ++r, entry.next()) {
+        const Row row = entry.row();
         bias_[r] = read_row(data + bias.offset(row.head, row.row), bias.feature, key, listed, buffer_ + r * width);
         for (int c = 0; c < width; c += S::width) finite = S::fma(S::loadu(bias_[r] + c), S::zero(), finite);
       }
