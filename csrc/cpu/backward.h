@@ -34,6 +34,9 @@ class Backward {
     const BackwardItem& item = wave_.items[static_cast<std::size_t>(index)];
     const BackwardHead& head = wave_.heads[static_cast<std::size_t>(item.head)];
     const Problem problem = plan_.problem_of(problem_, head.batch);
+    const SequencePlan& sequence = plan_.of(head.batch);
+    if (Small<T>::takes(problem, sequence))
+      return run_small<T>(problem, {problem, sequence, head.batch, head.kv_head}, &Small<T>::backward);
     Arena measure(nullptr);
     Item(*this, problem, head, item, measure);
     Arena arena(worker_scratch(measure.used()));

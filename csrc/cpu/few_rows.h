@@ -1,29 +1,74 @@
-// Products for items of few rows (decoding, tiny sequences), where packing a key would cost more than using it;
-// included inside the namespace of an instruction set. Keys and values are read where they lie, one pointer a row.
+// Products for items of few rows (decoding), where packing a key would cost more than using it; included inside the
+// namespace of an instruction set. Keys and values are read where they lie, one pointer a row.
 
 inline constexpr int few_rows = 8;
 
-// scores[row][c] = <query[row], keys[c]> for c in 0..lanes-1: dot products, one register of keys at a time, whose lanes
-// are summed by a transpose instead of key by key. `padded`: features, a multiple of lanes; queries are `padded` apart.
+// A register holds `quad` features of several rows. Where it has no more lanes than that, this is one row.
+template <class T>
+constexpr int quad_size() {
+  if constexpr (Simd<T>::width > 4) return Simd<T>::quad;
+  else return Simd<T>::width;
+}
+template <class T>
+inline constexpr int quad = quad_size<T>();
+template <class T>
+inline constexpr int quad_rows = Simd<T>::width / quad<T>;
+
+template <class T>
+MMCA_INLINE typename Simd<T>::Reg broadcast_quad(const T* features) {
+  if constexpr (Simd<T>::width > 4) return Simd<T>::broadcast_quad(features);
+  else return Simd<T>::loadu(features);
+}
+
+// Each quad of the result: the sums of that quad of sum[0], sum[1], ...
+template <class T>
+MMCA_INLINE typename Simd<T>::Reg reduce_quads(typename Simd<T>::Reg (&sum)[quad<T>]) {
+  using S = Simd<T>;
+  if constexpr (S::width > 4) {
+    return S::reduce_quads(sum);
+  } else {
+    S::transpose(sum);
+#pragma GCC unroll 2
+    for (int half = quad<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 2
+      for (int i = 0; i < half; ++i) sum[i] = S::add(sum[i], sum[i + half]);
+    return sum[0];
+  }
+}
+
+// Rows as direct_score_tile reads them: [quad_rows rows][quad of features][row][feature].
+template <class T>
+void pack_quads(const T* row, int r, int padded, T factor, T* out) {
+  out += r / quad_rows<T> * quad_rows<T> * padded + r % quad_rows<T> * quad<T>;
+  for (int d = 0; d < padded; ++d) out[d / quad<T> * Simd<T>::width + d % quad<T>] = factor * row[d];
+}
+
+// scores[row][c] = <query[row], keys[c]> for c in 0..lanes-1: a quad of a key's features meets all rows of a register
+// at once, and the sums of a quad of keys need no more than its own lanes. `padded`: features, a multiple of lanes.
 template <class T, int stride>
 MMCA_NOINLINE void direct_score_tile(int rows, int padded, const T* query, const T* const* keys, T* scores) {
   using S = Simd<T>;
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < lanes<T>; c += S::width) {
-      typename S::Reg sum[S::width];
-#pragma GCC unroll 16
-      for (int i = 0; i < S::width; ++i) sum[i] = S::zero();
-      for (int d = 0; d < padded; d += S::width) {
-        const typename S::Reg q = S::load(query + r * padded + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < S::width; ++i) sum[i] = S::fma(q, S::loadu(keys[c + i] + d), sum[i]);
-      }
-      S::transpose(sum);
-#pragma GCC unroll 4
-      for (int half = S::width / 2; half > 0; half /= 2)
+  constexpr int group = std::min(8, lanes<T>);  // keys at once
+  for (int first = 0; first < rows; first += quad_rows<T>, query += quad_rows<T> * padded)
+    for (int c = 0; c < lanes<T>; c += group) {
+      typename S::Reg sum[group];
 #pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) sum[i] = S::add(sum[i], sum[i + half]);
-      S::store(scores + r * stride + c, sum[0]);
+      for (int i = 0; i < group; ++i) sum[i] = S::zero();
+      for (int d = 0; d < padded; d += quad<T>) {
+        const typename S::Reg q = S::load(query + d * quad_rows<T>);
+#pragma GCC unroll 8
+        for (int i = 0; i < group; ++i) sum[i] = S::fma(q, broadcast_quad(keys[c + i] + d), sum[i]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < group; i += quad<T>) {
+        typename S::Reg of_quad[quad<T>];
+#pragma GCC unroll 4
+        for (int j = 0; j < quad<T>; ++j) of_quad[j] = sum[i + j];
+        alignas(64) T result[quad_rows<T>][quad<T>];
+        S::store(result[0], reduce_quads<T>(of_quad));
+        for (int r = 0; r < quad_rows<T> && first + r < rows; ++r)
+          std::memcpy(scores + (first + r) * stride + c + i, result[r], sizeof result[r]);
+      }
     }
 }
 

@@ -25,6 +25,9 @@ class Forward {
   void operator()(std::int64_t index) const {
     const ForwardItem& item = items_[static_cast<std::size_t>(index)];
     const Problem problem = plan_.problem_of(problem_, item.batch);
+    const SequencePlan& sequence = plan_.of(item.batch);
+    if (Small<T>::takes(problem, sequence))
+      return run_small<T>(problem, {problem, sequence, item.batch, item.kv_head}, &Small<T>::forward);
     Arena measure(nullptr);
     Item(problem, plan_, item, measure);
     Arena arena(worker_scratch(measure.used()));
@@ -52,7 +55,8 @@ class Forward {
           padded_value_dim_(round_up(static_cast<int>(problem.value_dim), width)),
           strip_size_(round_up(head_dim_, S::width) * strip_rows + S::width) {
       const int padded = round_up(count_, strip_rows), dim = std::max(padded_head_dim_, padded_value_dim_);
-      query_ = arena.take<T>(static_cast<std::size_t>(padded / strip_rows) * strip_size_ + few_rows * padded_head_dim_);
+      query_ = arena.take<T>(static_cast<std::size_t>(padded / strip_rows) * strip_size_ +
+                             round_up(few_rows, quad_rows<T>) * padded_head_dim_);
       output_ = arena.take<T>(static_cast<std::size_t>(problem.groups()) * padded * padded_value_dim_);
       lse2_ = arena.take<double>(static_cast<std::size_t>(problem.groups()) * padded);
       maximum_ = arena.take<T>(padded);
@@ -65,8 +69,6 @@ class Forward {
       dropout_ = arena.take<T>(key_block);
       buffer_ = arena.take<T>(static_cast<std::size_t>(width) * dim);
       before_ = arena.take<T>(static_cast<std::size_t>(few_rows) * padded_value_dim_);
-      key_row_ = arena.take<const T*>(key_block);
-      value_row_ = arena.take<const T*>(key_block);
       output_stride_ = static_cast<std::ptrdiff_t>(padded) * padded_value_dim_;
       padded_rows_ = padded;
     }
@@ -84,8 +86,7 @@ class Forward {
         if (seen.size() && !packed) pack_query(), packed = true;
         for (std::int32_t first = seen.begin / key_block * key_block; first < seen.end; first += key_block) {
           const int keys = std::min(key_block, seen.end - first);
-          if (direct_) find_keys(group, first, keys);
-          else pack_keys(group, first, keys);
+          if (!direct_) pack_keys(group, first, keys);
           for (int block = 0; block < count_; block += row_block) attend(group, block, first, keys);
         }
         normalise(group);
@@ -103,7 +104,7 @@ class Forward {
       for (int first = 0; direct_ && first < count_; ++first) {
         const Row row = rows_.at(begin_ + first);
         const T* from = query_reader(row).row(row.row, buffer_);
-        for (int d = 0; d < padded_head_dim_; ++d) query_[first * padded_head_dim_ + d] = scale_.query_factor * from[d];
+        pack_quads<T>(from, first, padded_head_dim_, scale_.query_factor, query_);
       }
       for (int first = 0; !direct_ && first < count_; first += strip_rows) {
         const int n = std::min(strip_rows, count_ - first);
@@ -136,17 +137,13 @@ class Forward {
       if (!values_finite_) zero_non_finite(values_, panel * (padded_value_dim_ / width));
     }
 
-    // Points at a block of keys and values where they lie, or at copies if they lie unfit; tail lanes repeat the last
-    // key.
-    void find_keys(int group, std::int32_t first, int keys) {
-      const KeyList& list = rows_.plan.keys[group];
-      const RowReader<T> key = key_reader(), value = value_reader();
-      for (int c = 0; c < round_up(keys, width); ++c) {
-        const std::int32_t position = list.position(first + std::min(c, keys - 1));
-        key_row_[c] = key.row(position, keys_ + c * padded_head_dim_);
-        value_row_[c] = value.row(position, values_ + c * padded_value_dim_);
-      }
-      values_finite_ = true;  // until a product says otherwise
+    // Points at a panel of keys or values where they lie, or at copies in `buffer` if they lie unfit; lanes past
+    // `count` repeat the last one. A panel at a time: the copies are read back from the nearest cache.
+    void find_rows(const RowReader<T>& reader, const KeyList& list, std::int32_t first, int count, T* buffer) {
+      if (list.identity()) reader.rows(first, count, buffer, found_);
+      else
+        for (int i = 0; i < count; ++i) found_[i] = reader.row(list.position(first + i), buffer + i * reader.padded);
+      std::fill(found_ + count, found_ + width, found_[count - 1]);
     }
 
     RowReader<T> query_reader(Row row) const {
@@ -167,7 +164,7 @@ class Forward {
       for (int s = 0; s < strips; ++s)
         if (live[s])
           softmax(group, block + s * strip_rows, std::min(strip_rows, rows - s * strip_rows), s, first, live[s]);
-      if (direct_) weigh_values_directly(group, rows, keys, live);
+      if (direct_) weigh_values_directly(group, rows, first, keys, live);
       for (int d = 0; !direct_ && d < padded_value_dim_; d += width)
         for (int s = 0; s < strips; ++s)
           if (live[s])
@@ -191,6 +188,7 @@ class Forward {
       for (int i = 0; i < rows * S::width; i += S::width) S::store(row_max_ + i, S::broadcast(-infinity<T>));
       for (int c = 0; c < keys; c += width) {
         const std::int32_t key = first + c;
+        if (direct_) find_rows(key_reader(), rows_.plan.keys[group], key, std::min(width, keys - c), keys_);
         for (int s = 0; s < strips; ++s) {
           if (key >= range[s].any.end || key + width <= range[s].any.begin) continue;
           const int n = std::min(strip_rows, rows - s * strip_rows);
@@ -207,7 +205,7 @@ class Forward {
           const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
           const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
           if (direct_) {
-            direct_score_tile<T, stride>(n, padded_head_dim_, query_ + s * strip_rows * padded_head_dim_, key_row_ + c,
+            direct_score_tile<T, stride>(n, padded_head_dim_, query_ + s * strip_rows * padded_head_dim_, found_,
                                          scores);
           } else if (tile == Visibility::all && !natural_) {
             with_tile_height<T>(n, [&](auto height) {
@@ -278,36 +276,45 @@ class Forward {
 
     // The same for the few rows of an item, from values where they lie. Nobody has looked at those values yet: only
     // when a sum is not finite are they copied without their NaNs and infinities, and the sums taken again.
-    void weigh_values_directly(int group, int rows, int keys, const std::uint64_t* live) {
+    void weigh_values_directly(int group, int rows, std::int32_t first, int keys, const std::uint64_t* live) {
       T* out = output(group, 0);
       const int elements = rows * padded_value_dim_;
       std::copy_n(out, elements, before_);
-      weigh_live_directly(rows, out, live);
-      T check = T(0);
-      for (int i = 0; i < elements; ++i) check += out[i] * T(0);
-      if (is_finite(check)) return;
-      values_finite_ = false;
+      weigh_live_directly(group, rows, first, keys, live, false);
+      typename S::Reg finite = S::zero();
+      for (int i = 0; i < elements; i += S::width) finite = S::fma(S::load(out + i), S::zero(), finite);
+      values_finite_ = is_finite(S::reduce_add(finite));
+      if (values_finite_) return;
       std::copy_n(before_, elements, out);
-      for (int c = 0; c < round_up(keys, width); ++c) {
-        T* copy = values_ + c * padded_value_dim_;
-        if (value_row_[c] != copy) std::copy_n(value_row_[c], padded_value_dim_, copy);
-        zero_non_finite(copy, padded_value_dim_);
-        value_row_[c] = copy;
-      }
-      weigh_live_directly(rows, out, live);
+      weigh_live_directly(group, rows, first, keys, live, true);
     }
 
-    void weigh_live_directly(int rows, T* out, const std::uint64_t* live) {
-      for (int r = 0, s = 0; r < rows; r += strip_rows, ++s) {
-        T ones[strip_rows];
-        std::fill_n(ones, strip_rows, T(1));
-        const T* factor = factor_ + r;
-        for_each_run(live[s], [&](int first_panel, int end_panel) {
-          const int from = first_panel * width, to = end_panel * width;
-          direct_weigh<T, stride>(std::min(strip_rows, rows - r), to - from, scores_ + r * stride + from,
-                                  value_row_ + from, padded_value_dim_, out + r * padded_value_dim_, factor);
-          factor = ones;
-        });
+    void weigh_live_directly(int group, int rows, std::int32_t first, int keys, const std::uint64_t* live, bool clean) {
+      const RowReader<T> value = value_reader();
+      T ones[few_rows];
+      std::fill_n(ones, few_rows, T(1));
+      std::uint64_t rescaled = 0;  // bit s: of strip s
+      for (int c = 0; c < keys; c += width) {
+        const int count = std::min(width, keys - c);
+        bool found = false;
+        for (int r = 0, s = 0; r < rows; r += strip_rows, ++s) {
+          if (!(live[s] >> (c / width) & 1)) continue;
+          if (!found) find_rows(value, rows_.plan.keys[group], first + c, count, values_);
+          if (!found && clean) copy_without_non_finite(count);
+          found = true;
+          direct_weigh<T, stride>(std::min(strip_rows, rows - r), count, scores_ + r * stride + c, found_,
+                                  padded_value_dim_, output(group, r), rescaled >> s & 1 ? ones : factor_ + r);
+          rescaled |= std::uint64_t{1} << s;
+        }
+      }
+    }
+
+    void copy_without_non_finite(int count) {
+      for (int i = 0; i < count; ++i) {
+        T* copy = values_ + i * padded_value_dim_;
+        if (found_[i] != copy) std::copy_n(found_[i], padded_value_dim_, copy);
+        zero_non_finite(copy, padded_value_dim_);
+        found_[i] = copy;
       }
     }
 
@@ -335,26 +342,15 @@ class Forward {
           std::copy_n(value_reader().row(rows_.position(row.row), buffer_), padded_value_dim_, out);
           T slope;
           const T score = own_score<T>(rows_, row, buffer_, &slope);
-          store_lse(group, r, score, score * log2_e, 0.0);
+          lse2_[group * padded_rows_ + r] = store_lse<T>(problem_, group, row, score, score * log2_e, 0.0);
           continue;
         }
         const T l = S::reduce_add(S::load(sum_ + static_cast<std::ptrdiff_t>(r) * S::width));
         const typename S::Reg divisor = S::broadcast(l == T(0) ? T(1) : l);
         for (int d = 0; d < padded_value_dim_; d += S::width) S::store(out + d, S::div(S::load(out + d), divisor));
-        store_lse(group, r, maximum_[r], l == T(0) ? 0.0 : scale_.exact(maximum_[r]),
-                  l == T(0) ? -infinity<double> : std::log2(static_cast<double>(l)));
+        lse2_[group * padded_rows_ + r] = store_lse<T>(problem_, group, row, maximum_[r],
+                                                       l == T(0) ? 0.0 : scale_.exact(maximum_[r]), log2_of_sum(l));
       }
-    }
-
-    // Of a row whose largest score is `maximum`, log2_maximum as an exponent of 2.
-    void store_lse(int group, int r, double maximum, double log2_maximum, double log2_sum) {
-      const Row row = rows_.at(begin_ + r);
-      const double lse2 = log2_maximum + log2_sum;
-      const T lse = static_cast<T>(natural_ ? maximum + log2_sum * ln_2 : lse2 * ln_2);  // of finfo.min, lse2 is -inf
-      lse2_[group * padded_rows_ + r] = lse2;
-      *statistic<T>(problem_.lse, group, row) = lse;
-      if (problem_.lse_low.data)
-        *statistic<T>(problem_.lse_low, group, row) = low_part(lse, maximum, log2_maximum, log2_sum, natural_);
     }
 
     // out = merge(O_r, lse_r) for one row.
@@ -392,8 +388,8 @@ class Forward {
     std::ptrdiff_t output_stride_;
     T *query_, *output_, *maximum_, *sum_, *keys_, *values_, *scores_, *row_max_, *factor_, *dropout_, *buffer_,
         *before_;
-    double* lse2_;  // to base 2
-    const T **key_row_, **value_row_;
+    double* lse2_;           // to base 2
+    const T* found_[width];  // a panel of keys or values
   };
 
   const Problem& problem_;

@@ -10,6 +10,7 @@
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
 #include "cpu/few_rows.h"
+#include "cpu/small.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
 

@@ -26,7 +26,11 @@ MMCA_INLINE void narrow_row(const T* source, int count, Storage* out, std::int64
   if constexpr (!std::is_floating_point_v<Storage>)
     if (step == 1)
       for (; d + Simd<T>::width <= count; d += Simd<T>::width) Simd<T>::narrow(out + d, Simd<T>::loadu(source + d));
-  for (; d < count; ++d) out[d * step] = static_cast<Storage>(source[d]);
+  if (step == 1) {
+    for (; d < count; ++d) out[d] = static_cast<Storage>(source[d]);
+  } else {
+    for (; d < count; ++d) out[d * step] = static_cast<Storage>(source[d]);
+  }
 }
 
 // Row `index` of one head as contiguous T, padded with zeros to `padded` features. Where the tensor already is that,
@@ -61,6 +65,27 @@ struct RowReader {
     }
     for (int d = features; d < padded; ++d) buffer[d] = T(0);
     return buffer;
+  }
+
+  // found[i] = row(first + i, buffer + i * padded): neighbours, and whether they lie fit is asked once.
+  MMCA_INLINE void rows(std::int64_t first, int count, T* buffer, const T** found) const {
+    const auto widen_all = [&](const auto* source) {
+      const std::int64_t step = row_bytes / static_cast<std::int64_t>(sizeof *source);
+      for (int i = 0; i < count; ++i, source += step, buffer += padded) {
+        widen_row(source, 1, features, buffer);
+        found[i] = buffer;
+      }
+    };
+    const char* source = data + first * row_bytes;
+    if (in_place) {
+      for (int i = 0; i < count; ++i) found[i] = reinterpret_cast<const T*>(source + i * row_bytes);
+    } else if (sizeof(T) == 4 && dtype == DType::bf16 && feature_stride == 1 && features == padded) {
+      widen_all(reinterpret_cast<const BFloat16*>(source));
+    } else if (sizeof(T) == 4 && dtype == DType::f16 && feature_stride == 1 && features == padded) {
+      widen_all(reinterpret_cast<const Float16*>(source));
+    } else {
+      for (int i = 0; i < count; ++i) found[i] = row(first + i, buffer + i * padded);
+    }
   }
 };
 

@@ -57,6 +57,13 @@ struct Simd<float> {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
+  static constexpr int quad = 4;
+  static MMCA_INLINE Reg broadcast_quad(const float* p) {
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  }
+  static MMCA_INLINE Reg reduce_quads(const Reg (&r)[4]) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  }
   static MMCA_INLINE void transpose(Reg (&r)[8]) {
     Reg pair[8], quad[8];
 #pragma GCC unroll 8

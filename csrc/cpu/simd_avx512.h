@@ -47,6 +47,13 @@ struct Simd<float> {
   }
   static MMCA_INLINE float reduce_add(Reg r) { return _mm512_reduce_add_ps(r); }
   static MMCA_INLINE float reduce_max(Reg r) { return _mm512_reduce_max_ps(r); }
+  static constexpr int quad = 4;
+  static MMCA_INLINE Reg broadcast_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+  static MMCA_INLINE Reg reduce_quads(const Reg (&r)[4]) {
+    const Reg a = _mm512_add_ps(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+    const Reg b = _mm512_add_ps(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+  }
   static MMCA_INLINE void transpose(Reg (&r)[16]) {
     Reg pair[16], quad[16], half[16];
 #pragma GCC unroll 16
@@ -103,6 +110,11 @@ struct Simd<double> {
   }
   static MMCA_INLINE double reduce_add(Reg r) { return _mm512_reduce_add_pd(r); }
   static MMCA_INLINE double reduce_max(Reg r) { return _mm512_reduce_max_pd(r); }
+  static constexpr int quad = 2;
+  static MMCA_INLINE Reg broadcast_quad(const double* p) { return _mm512_broadcast_f64x2(_mm_loadu_pd(p)); }
+  static MMCA_INLINE Reg reduce_quads(const Reg (&r)[2]) {
+    return _mm512_add_pd(_mm512_unpacklo_pd(r[0], r[1]), _mm512_unpackhi_pd(r[0], r[1]));
+  }
   static MMCA_INLINE void transpose(Reg (&r)[8]) {
     Reg pair[8];
 #pragma GCC unroll 8

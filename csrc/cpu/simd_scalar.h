@@ -43,6 +43,8 @@ struct Simd {
   static MMCA_INLINE Reg select_less(Reg a, Reg b, Reg x, Reg y) { return a < b ? x : y; }  // a < b ? x : y
   // 2^n from a float whose low mantissa bits hold n + exponent bias (see exp2.h).
   static MMCA_INLINE Reg exponent_from_low_bits(Reg t) { return (Reg)((BitsReg)t << (sizeof(T) == 4 ? 23 : 52)); }
+  // Registers of more than 4 lanes also have `quad` (features, 2 or 4) with broadcast_quad and reduce_quads: see
+  // few_rows.h.
   static MMCA_INLINE T reduce_add(Reg r) {
     T sum = r[0];
     for (int i = 1; i < width; ++i) sum += r[i];

@@ -25,6 +25,24 @@ T low_part(T lse, double maximum, double log2_maximum, double log2_sum, bool nat
                                 : log2_maximum + log2_sum - SplitLse<T>(lse, T(0), false).high);
 }
 
+template <class T>
+double log2_of_sum(T l) {
+  return l == T(0) ? -infinity<double> : std::log2(static_cast<double>(l));
+}
+
+// Writes the log-sum-exp of a row whose largest score is `maximum`, log2_maximum as an exponent of 2; returns it to
+// base 2.
+template <class T>
+double store_lse(const Problem& problem, int group, Row row, double maximum, double log2_maximum, double log2_sum) {
+  const bool natural = problem.shapes_scores();
+  const double lse2 = log2_maximum + log2_sum;
+  const T lse = static_cast<T>(natural ? maximum + log2_sum * ln_2 : lse2 * ln_2);  // of finfo.min, lse2 is -inf
+  *statistic<T>(problem.lse, group, row) = lse;
+  if (problem.lse_low.data)
+    *statistic<T>(problem.lse_low, group, row) = low_part(lse, maximum, log2_maximum, log2_sum, natural);
+  return lse2;
+}
+
 // scale * log2(e), which turns products into exponents of 2, in two parts: rounded to one, every score would be off by
 // the same factor. Both parts are positive, so that a hidden -inf stays -inf; the sign, or a scale of 0, goes to the
 // queries.

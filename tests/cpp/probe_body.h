@@ -10,6 +10,7 @@
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
 #include "cpu/few_rows.h"
+#include "cpu/small.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
 // clang-format on
@@ -94,12 +95,20 @@ struct ProbeBody {
     return {Kernel::key_range, Kernel::row_block, most, Kernel::partial_row_bytes(problem)};
   }
 
+  static void direct_scores(int rows, int padded, const T* query, const T* const* keys, T* scores) {
+    std::vector<T> memory(static_cast<std::size_t>(round_up(rows, quad_rows<T>)) * padded + 16);
+    T* packed = memory.data();
+    while (reinterpret_cast<std::uintptr_t>(packed) % 64) ++packed;
+    for (int r = 0; r < rows; ++r) pack_quads<T>(query + r * padded, r, padded, T(1), packed);
+    direct_score_tile<T, probe_stride>(rows, padded, packed, keys, scores);
+  }
+
   static void get(mmca::test::Probe<T>& p) {
     p.width = width, p.tile_rows = most;
     p.score_tile = score, p.row_tile = row, p.rescaled_row_tile = rescaled;
     p.transposed_tile = transposed_tile<T, probe_stride>;
     p.tile_height = height;
-    p.direct_score_tile = direct_score_tile<T, probe_stride>, p.direct_weigh = direct_weigh<T, probe_stride>;
+    p.direct_score_tile = direct_scores, p.direct_weigh = direct_weigh<T, probe_stride>;
     p.pack_strip = pack_columns<T, most>, p.pack_panel = pack_columns<T, 2 * width>;
     p.pack_row = pack, p.pack_zero_row = zero_row;
     p.zero_non_finite = zero_non_finite<T>, p.add_non_finite = add_non_finite<T>;
