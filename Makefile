@@ -13,11 +13,12 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench fuzz soak mutants packaging sanitize lint format build clean
+.PHONY: help demo test bench bench-cpp fuzz soak mutants packaging sanitize lint format build clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS FUZZ_CASES MUTANTS; CUDA: see setup.py'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS BENCH_CPP_ARGS FUZZ_CASES MUTANTS'
+	@echo '             (CUDA: see setup.py)'
 
 demo: build  ## train the captioner on real digits and draw what it looks at
 	$(PY) -m mmca_ext.demo train $(DEMO_ARGS)
@@ -27,6 +28,12 @@ test: build $(VENV)/.cpp-tools  ## all tests (TESTS="tests/test_x.py -k y" for s
 
 bench: build $(VENV)/.cpp-tools  ## side by side with torch's own attention
 	$(PY) -m bench $(BENCH_ARGS)
+
+bench-cpp: $(VENV)/.cpp-tools  ## the kernels without torch, beside what the processor can do at most (BENCH_CPP_ARGS)
+	cmake -S bench/cpp -B build/bench-cpp && cmake --build build/bench-cpp --parallel
+	status=0; for family in $(notdir $(basename $(wildcard bench/cpp/*_bench.cpp))); do \
+	  build/bench-cpp/$$family --gtest_output=json:build/bench-cpp/$$family.json $(BENCH_CPP_ARGS) || status=1; \
+	done; exit $$status
 
 FUZZ_CASES ?= 100000
 fuzz: build  ## random cases against fp64, ten times as many as in the tests

@@ -73,15 +73,31 @@ struct Case {
 
   void set_masks(const Choices& c, Random& random) {
     Problem& p = problem;
-    if (c.attend >= 0) {
+    if (c.attend >= 0 && c.mask_block > 0) {
+      set_block_mask(c, random);
+    } else if (c.attend >= 0) {
       attn_mask = Tensor<std::uint8_t>(batch, p.q_heads, p.q_len, p.k_len, c.mask_layout);
       attn_mask.each([&](std::uint8_t& x, auto...) { x = random.chance(c.attend) ? random.pick({1, 1, 255}) : 0; });
       p.attn_mask = attn_mask.template strided<const std::uint8_t*>();
     }
-    if (c.pad >= 0) {
+    if (!c.key_lengths.empty()) {
+      for (const std::int64_t length : c.key_lengths)
+        for (std::int64_t j = 0; j < p.k_len; ++j) key_mask.push_back(j < length);
+    } else if (c.pad >= 0) {
       for (std::int64_t i = 0; i < batch * p.k_len; ++i) key_mask.push_back(!random.chance(c.pad));
-      p.key_mask = key_mask.data();
     }
+    if (!key_mask.empty()) p.key_mask = key_mask.data();
+  }
+
+  void set_block_mask(const Choices& c, Random& random) {
+    attn_mask = Tensor<std::uint8_t>(batch, 1, problem.q_len, problem.k_len, c.mask_layout);
+    const std::int64_t across = (problem.k_len - 1) / c.mask_block + 1, down = (problem.q_len - 1) / c.mask_block + 1;
+    std::vector<bool> blocks(static_cast<std::size_t>(batch * down * across));
+    for (auto block : blocks) block = random.chance(c.attend);
+    attn_mask.each([&](std::uint8_t& x, std::int64_t b, std::int64_t, std::int64_t i, std::int64_t j) {
+      x = i == j || blocks[static_cast<std::size_t>((b * down + i / c.mask_block) * across + j / c.mask_block)];
+    });
+    problem.attn_mask = attn_mask.template broadcast<const std::uint8_t*>();
   }
 
   void set_bias(const Choices& c, Random& random) {
@@ -115,7 +131,7 @@ struct Case {
   void set_modality(const Choices& c, Random& random) {
     Problem& p = problem;
     for (std::int64_t b = 0; b < batch; ++b) {
-      const auto sequence = random_modality(random, c.k_len);
+      const auto sequence = c.modality.empty() ? random_modality(random, c.k_len) : c.modality;
       modality.insert(modality.end(), sequence.begin(), sequence.end());
     }
     p.modality = modality.data();

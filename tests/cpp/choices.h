@@ -18,6 +18,8 @@ struct Choices {
   bool causal = false;
   std::int64_t window_left = -1, window_right = -1;
   double attend = -1, pad = -1;  // density of attn_mask and of hidden keys in key_mask; negative: no such mask
+  std::int64_t mask_block = 0;   // > 0: attn_mask is the same for all heads, and made of square blocks and its diagonal
+  std::vector<std::int64_t> key_lengths;  // each sequence's keys before its padding; empty: key_mask as `pad` says
   Layout mask_layout;
   bool bias = false, grad_bias = false;
   DType bias_dtype = DType::f32;
@@ -25,6 +27,7 @@ struct Choices {
   bool bias_same[4] = {};                 // broadcast dimensions
   Layout bias_layout;
   bool mmca = false, image_id = false;
+  std::vector<std::int32_t> modality;  // of every sequence; empty: random runs
   ImageRows image_rows = ImageRows::self;
   Merge merge = Merge::sum;
   bool gate_same[4] = {}, grad_gate = false;  // (group, batch, head, row)

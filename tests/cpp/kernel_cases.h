@@ -7,6 +7,7 @@
 #include <cmath>
 #include <string>
 
+#include "compare.h"
 #include "core/kernel_table.h"
 #include "executors.h"
 #include "reference.h"
@@ -108,22 +109,9 @@ void prepare(const Kernel& kernel, Case<T>& c) {
 // Each element against the reference; returns the largest error in units of its bound.
 template <class X, class R>
 double expect_within(const char* what, Tensor<X>& actual, const Bounded<R>& expected, const Choices& choices) {
-  double worst = 0;
-  std::size_t at = 0, faults = 0;
-  actual.each([&](X element, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t d) {
-    const R x = static_cast<R>(element), exact = expected.value[at],
-            bound = R(1.02) * expected.bound[at];  // errors below 1%, so their squares below that
-    ++at;
-    const R error = x == exact ? 0 : std::abs(x - exact);  // equal infinities too
-    if (!(error <= bound) && ++faults == 1)
-      ADD_FAILURE() << what << "[" << b << "," << h << "," << i << "," << d << "] is " << double(x) << ", expected "
-                    << double(exact) << " within " << double(bound) << "\n"
-                    << choices.text();
-    if (bound > 0) worst = std::max(worst, static_cast<double>(error / bound));
-  });
-  EXPECT_EQ(at, expected.value.size()) << what;
-  EXPECT_LE(faults, 1u) << what << ": " << faults << " elements out of bounds";
-  return worst;
+  const Comparison found = compare(what, actual, expected, [](auto...) { return true; });
+  EXPECT_EQ(found.faults, 0u) << found.text << "\n" << choices.text();
+  return found.worst;
 }
 
 // lse and lse_low are together as exact as the sum they are made of.

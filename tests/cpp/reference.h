@@ -51,6 +51,20 @@ struct StorageRounding<Float16> {
 
 inline constexpr int tanh_error = 7;  // in u, relative
 
+// Which results are worked out: all, or a sample of a large problem's. The choice never looks at the batch, so that a
+// gradient that batches share is complete where it is worked out.
+struct Sample {
+  static constexpr std::int64_t all = -1, none = -2;
+
+  std::int64_t row_step = 1;   // results of rows: of one row in so many, another one in each head
+  std::int64_t kv_head = all;  // results of keys: of this KV head's
+  std::int64_t key_step = 1;   // and there of one key in so many
+
+  bool row(std::int64_t h, std::int64_t i) const { return (h + i) % row_step == 0; }
+  bool head(std::int64_t g) const { return kv_head == all || kv_head == g; }
+  bool key(std::int64_t g, std::int64_t j) const { return head(g) && j % key_step == 0; }
+};
+
 // No kernel reads `out` in the backward where a softmax has at most so many keys, all of one group.
 inline constexpr std::int64_t whole_keys = 192;
 
@@ -65,9 +79,10 @@ class Reference {
   Bounded<R> out, lse, group_out, grad_query, grad_key, grad_value, grad_bias, grad_gate;
   std::vector<R> lse2_bound;  // of log2(e) lse, kept in two parts
 
-  explicit Reference(Case<T>& c)
+  explicit Reference(Case<T>& c, const Sample& sample = {})
       : c_(c),
         p_(c.problem),
+        sample_(sample),
         D_(p_.head_dim),
         V_(p_.value_dim),
         query_(dense(c.query)),
@@ -114,20 +129,24 @@ class Reference {
     for (Bounded<R>* x : {&grad_query, &grad_key, &grad_value}) store(*x);
   }
 
-  // The forward's results, rounded, where a backward kernel reads them.
+  // The forward's results, rounded, where a backward kernel reads them. Rows outside the sample keep theirs.
   void store_results() {
-    std::size_t i = 0;
-    c_.out.each([&](T& x, auto...) { x = static_cast<T>(out.value[i++]); });
-    i = 0;
-    c_.lse.each([&](A& x, auto...) { x = static_cast<A>(lse.value[i++]); });
-    i = 0;
-    if (p_.lse_low.data)
-      c_.lse.each([&](A x, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t row) {
-        const R rest = lse.value[i++] * log2_e - lse_high(x);
-        c_.lse_low.at(g, b, h, row) = std::isinf(x) ? A(0) : static_cast<A>(rest);
+    const auto store_rows = [&](auto& tensor, const Bounded<R>& exact) {
+      std::size_t at = 0;
+      tensor.each([&](auto& x, std::int64_t, std::int64_t h, std::int64_t i, std::int64_t) {
+        const R value = exact.value[at++];
+        if (looked_at(h, i)) x = static_cast<std::decay_t<decltype(x)>>(value);
       });
-    i = 0;
-    c_.group_out.each([&](A& x, auto...) { x = static_cast<A>(group_out.value[i++]); });
+    };
+    store_rows(c_.out, out), store_rows(c_.group_out, group_out);
+    std::size_t at = 0;
+    c_.lse.each([&](A& x, std::int64_t g, std::int64_t b, std::int64_t h, std::int64_t i) {
+      const R exact = lse.value[at++];
+      if (!looked_at(h, i)) return;
+      x = static_cast<A>(exact);
+      if (!p_.lse_low.data) return;
+      c_.lse_low.at(g, b, h, i) = std::isinf(x) ? A(0) : static_cast<A>(exact * log2_e - lse_high(x));
+    });
   }
 
   // What lse_low is added to, to base 2: lse itself where scores are more than products.
@@ -145,6 +164,10 @@ class Reference {
     std::vector<R> out[2], out_bound[2];
   };
 
+  // Rows of the sample, and those that its keys' gradients sum over.
+  bool looked_at(std::int64_t h, std::int64_t i) const {
+    return sample_.row(h, i) || sample_.head(h / p_.heads_per_kv());
+  }
   bool apart() const { return p_.is_mmca && p_.merge == Merge::none; }
   std::int64_t query_row(const Sequence& s, std::int64_t h, std::int64_t i) const {
     return (s.batch * p_.q_heads + h) * p_.q_len + s.q_begin + i;
@@ -287,9 +310,11 @@ class Reference {
         }
 
     const R n = static_cast<R>(count), addends = static_cast<R>(p_.q_len * p_.heads_per_kv() + 6);
+    const bool row_wanted = sample_.row(h, s.q_begin + i);
     for (std::size_t j = 0; j < count; ++j) {
       const int g = row.group[j];
       if (g < 0) continue;
+      if (!row_wanted && !sample_.key(h / p_.heads_per_kv(), s.k_begin + static_cast<std::int64_t>(j))) continue;
       const R w = row.weight[g], size_of_w = std::abs(w), p = row.p[j];
       const R dlse = p_.grad_lse.data ? static_cast<R>(c_.grad_lse.at(g, s.batch, h, s.q_begin + i)) : 0;
       const bool own = is_own_image(p_, s, i, static_cast<std::int64_t>(j)), own_softmax = own && !p_.joint();
@@ -352,7 +377,8 @@ class Reference {
   void for_each_row(const Body& body) const {
     for (const Sequence& s : sequences(p_))
       for (std::int64_t h = 0; h < p_.q_heads; ++h)
-        for (std::int64_t i = 0; i < s.q_len; ++i) body(s, h, i);
+        for (std::int64_t i = 0; i < s.q_len; ++i)
+          if (looked_at(h, s.q_begin + i)) body(s, h, i);
   }
 
   // What a term may lose to underflow, operands being of order one: exp2 is 0 below the normal numbers.
@@ -360,6 +386,7 @@ class Reference {
 
   Case<T>& c_;
   const Problem& p_;
+  const Sample sample_;
   const std::int64_t D_, V_;
   const std::vector<R> query_, key_, value_;
   std::vector<R> grad_out_;

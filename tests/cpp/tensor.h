@@ -73,6 +73,7 @@ struct Layout {
   bool heads_inside_rows = false;             // (batch, row, head, feature) in memory
   int feature_step = 1, gap = 0, skip = 0;    // elements: between features, after each innermost vector, at the start
   bool same_batch = false, same_all = false;  // strides of 0: of the batch; of every dimension
+  bool on_cache_line = false;                 // the first element is at a multiple of 64 bytes, as torch's are
 };
 
 template <class T>
@@ -88,7 +89,9 @@ class Tensor {
     stride_[0] = layout.same_batch ? 0 : heads * rows * vector;
     if (layout.same_all) stride_[0] = stride_[1] = stride_[2] = stride_[3] = 0;
     start_ = guard + layout.skip;
-    memory_.assign(static_cast<std::size_t>(start_ + batch * heads * rows * vector + guard), sentinel<T>());
+    const std::int64_t line = layout.on_cache_line ? 64 / static_cast<std::int64_t>(sizeof(T)) : 0;
+    memory_.assign(static_cast<std::size_t>(start_ + batch * heads * rows * vector + guard + line), sentinel<T>());
+    for (; line && reinterpret_cast<std::uintptr_t>(data()) % 64;) ++start_;
   }
 
   std::int64_t size(int d) const { return size_[d]; }
