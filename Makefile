@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench bench-cpp fuzz soak mutants packaging sanitize lint format build clean
+.PHONY: help demo test bench bench-cpp fuzz soak mutants packaging sanitize neon lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +57,15 @@ sanitize: $(VENV)/.cpp-tools  ## the C++ suite under address, undefined-behaviou
 	  cmake -S tests/cpp -B build/cpp-$$kind -DMMCA_SANITIZE=$$kind && cmake --build build/cpp-$$kind --parallel && \
 	  ctest --test-dir build/cpp-$$kind --output-on-failure || exit 1; \
 	done
+
+neon: $(VENV)/.cpp-tools  ## the C++ suite for AArch64, under emulation
+	@found() { command -v "$$@" >/dev/null; }; \
+	{ found aarch64-linux-gnu-g++ || found aarch64-linux-gnu-g++-12; } && \
+	{ found qemu-aarch64 || found qemu-aarch64-static; } || { \
+	  echo 'make neon needs a cross compiler and an emulator (Debian: g++-12-aarch64-linux-gnu, qemu-user)'; exit 1; }
+	cmake -S tests/cpp -B build/cpp-aarch64 -DCMAKE_TOOLCHAIN_FILE=aarch64.cmake
+	cmake --build build/cpp-aarch64 --parallel --target mmca_core_tests
+	ctest --test-dir build/cpp-aarch64 --output-on-failure --parallel "$$(nproc)"
 
 lint: $(VENV)/.lint-tools  ## check style (what the pre-commit hook does)
 	$(VENV)/bin/ruff check .

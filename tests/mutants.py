@@ -411,7 +411,7 @@ def make_copy():
             continue
         text = path.read_text()
         if name.parts[0] == "csrc":
-            text = text.replace("#if defined(__x86_64__)", "#if 0")
+            text = text.replace("#if defined(__x86_64__)", "#if 0").replace("#if defined(__aarch64__)", "#if 0")
             if name.parts[1] == "torch" and path.suffix == ".cpp":
                 text = with_numbered_checks(text, guards, path)
                 # Else the compiler concludes from the end of that function that the check cannot be off.

@@ -9,7 +9,7 @@
 namespace mmca {
 namespace {
 
-constexpr Isa isas[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+constexpr Isa isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon};
 
 std::atomic<std::uint64_t>* launch_counts() {
   static const auto counts = std::make_unique<std::atomic<std::uint64_t>[]>(kernel_table().size());
@@ -48,7 +48,7 @@ const char* to_string(DType dtype) {
 }
 
 const char* to_string(Isa isa) {
-  static const char* const names[] = {"scalar", "avx2", "avx512"};
+  static const char* const names[] = {"scalar", "avx2", "avx512", "neon"};
   return names[static_cast<int>(isa)];
 }
 
@@ -60,11 +60,15 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_AVX2_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
 // Two AVX2 registers of keys fill half a tile of AVX-512.
 #define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 64 / sizeof(T) + 1)
+#define MMCA_NEON_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, neon, 0)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
       MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
 #endif
-          MMCA_CPU_KERNELS(MMCA_SCALAR_ROW)};
+#if defined(__aarch64__)
+          MMCA_CPU_KERNELS(MMCA_NEON_ROW)
+#endif
+              MMCA_CPU_KERNELS(MMCA_SCALAR_ROW)};
   return table;
 }
 

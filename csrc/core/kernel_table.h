@@ -31,7 +31,7 @@ const char* to_string(Operation operation);
 const char* to_string(DType dtype);
 const char* to_string(Isa isa);
 std::optional<Isa> parse_isa(const std::string& name);
-std::string isa_names();  // "scalar, avx2, avx512": those built into this binary
+std::string isa_names();  // "scalar, avx2, avx512" or "scalar, neon": those built into this binary
 
 // All kernels, the best instruction set first.
 const std::vector<Kernel>& kernel_table();

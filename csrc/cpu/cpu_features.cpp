@@ -12,6 +12,8 @@ const std::vector<CpuFeature>& cpu_features() {
       MMCA_FEATURE("avx512f"), MMCA_FEATURE("avx512vl"), MMCA_FEATURE("avx512bw"), MMCA_FEATURE("avx512dq"),
   };
 #undef MMCA_FEATURE
+#elif defined(__aarch64__)
+  static const std::vector<CpuFeature> features = {{"neon", true}};  // part of the architecture's baseline
 #else
   static const std::vector<CpuFeature> features;
 #endif
@@ -20,7 +22,11 @@ const std::vector<CpuFeature>& cpu_features() {
 
 std::vector<const char*> missing_features(Isa isa, const std::vector<CpuFeature>& features) {
   static const std::vector<const char*> needed[] = {
-      {}, {"avx2", "fma", "f16c"}, {"avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq"}};
+      {},
+      {"avx2", "fma", "f16c"},
+      {"avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq"},
+      {"neon"},
+  };
   std::vector<const char*> missing;
   for (const char* name : needed[static_cast<int>(isa)]) {
     bool present = false;

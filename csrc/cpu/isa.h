@@ -53,4 +53,9 @@ namespace avx512 {
 MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
 }
 #endif
+#if defined(__aarch64__)
+namespace neon {
+MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+}
+#endif
 }  // namespace mmca::cpu

@@ -72,6 +72,9 @@ MMCA_PROBE(scalar)
 MMCA_PROBE(avx2)
 MMCA_PROBE(avx512)
 #endif
+#if defined(__aarch64__)
+MMCA_PROBE(neon)
+#endif
 #undef MMCA_PROBE
 
 namespace mmca::test {
@@ -87,6 +90,11 @@ std::vector<Probe<T>> probes() {
   cpu::probe_avx2::get_probe(all[1]);
   all[2].isa = Isa::avx512;
   cpu::probe_avx512::get_probe(all[2]);
+#endif
+#if defined(__aarch64__)
+  all.resize(2);
+  all[1].isa = Isa::neon;
+  cpu::probe_neon::get_probe(all[1]);
 #endif
   return all;
 }

@@ -19,7 +19,7 @@ using Features = std::vector<CpuFeature>;
 // A processor with these features and no other the table knows.
 Features having(const std::set<std::string>& names) {
   Features features;
-  for (const char* name : {"sse2", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq"})
+  for (const char* name : {"sse2", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq", "neon"})
     features.push_back({name, names.count(name) == 1});
   return features;
 }
@@ -130,6 +130,24 @@ TEST(Table, ForcingChoosesAmongTheRunnable) {
 }
 #endif
 
+#if defined(__aarch64__)
+TEST(Table, EveryAArch64ProcessorRunsNeon) {
+  EXPECT_TRUE(missing_features(Isa::neon, cpu_features()).empty());
+  for (const Operation operation : operations)
+    for (const DType dtype : dtypes) {
+      EXPECT_EQ(chosen(cpu_features(), operation, dtype), Isa::neon);
+      EXPECT_EQ(select_kernel(operation, dtype, cpu_features(), std::nullopt, /*k_len=*/1).isa, Isa::neon);
+      EXPECT_EQ(select_kernel(operation, dtype, cpu_features(), Isa::scalar).isa, Isa::scalar);
+    }
+  const std::string text = message<std::runtime_error>(
+      [] { select_kernel(Operation::attention_forward, DType::f32, having({}), Isa::neon); });
+  EXPECT_EQ(text,
+            "mmca_ext: no kernel for attention_forward in f32"
+            "; cpu.neon.attention_forward.f32: this processor lacks neon"
+            "; cpu.scalar.attention_forward.f32: neon is forced");
+}
+#endif
+
 TEST(Table, NamesOfInstructionSets) {
   EXPECT_EQ(parse_isa("scalar"), Isa::scalar);
   for (const char* name : {"", "Scalar", "sse2", "avx", "avx2 ", "scalar, avx2"})
@@ -138,6 +156,11 @@ TEST(Table, NamesOfInstructionSets) {
   EXPECT_EQ(parse_isa("avx2"), Isa::avx2);
   EXPECT_EQ(parse_isa("avx512"), Isa::avx512);
   EXPECT_EQ(isa_names(), "scalar, avx2, avx512");
+  EXPECT_EQ(parse_isa("neon"), std::nullopt);  // known, but not built here
+#elif defined(__aarch64__)
+  EXPECT_EQ(parse_isa("neon"), Isa::neon);
+  EXPECT_EQ(isa_names(), "scalar, neon");
+  EXPECT_EQ(parse_isa("avx2"), std::nullopt);
 #endif
 }
 
@@ -168,7 +191,7 @@ void expect_runs(Isa isa) {
 }
 
 TEST_F(Forcing, RestrictsWhatRuns) {
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon}) {
     const auto missing = missing_features(isa, cpu_features());
     if (!parse_isa(to_string(isa))) continue;
     if (!missing.empty()) {
