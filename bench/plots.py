@@ -54,7 +54,7 @@ def pyplot():
 def source(about):
     cpu = f"{about['cpu']}, " if "cpu" in about else ""
     return (
-        f"{cpu}{about['threads']} threads, ours {about['isa']}, torch {about['torch']} "
+        f"{cpu}threads: {about['threads']}, ours {about['isa']}, torch {about['torch']} "
         f"({about['torch_cpu_capability']}), {about['date']}"
     )
 
@@ -92,8 +92,8 @@ def ratios(plt, rows):
     axes.set_ylim(-0.7, len(pairs) - 0.3)
     axes.grid(axis="x", color="0.9")
     axes.set_xlabel("peer's time over ours (right of 1: ours is faster); median, quartiles as whiskers")
-    axes.set_title("How many times faster than each peer", loc="left")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0)
+    axes.set_title("How many times faster than each peer", loc="left", pad=24)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     return figure
 
 
@@ -114,7 +114,7 @@ def shares(plt, rows):
         axes.set_yticks(range(len(cases)), cases[::-1])
         axes.grid(axis="x", color="0.9")
         axes.set_title(way)
-    grid[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     figure.suptitle("Share of a large float32 matmul's rate (arithmetic on visible pairs only)")
     return figure
 
@@ -129,14 +129,14 @@ def lines(axes, rows, label, ours):
     once = {row["x"]: row["ours_us"] / 1e3 for row in rows}
     axes.plot(list(once), list(once.values()), "o-", color=OURS, label=ours)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(color="0.92")
     axes.set_title(label, fontsize=10)
 
 
 def panels(plt, rows, names, ways, title, xlabel, logarithmic):
-    figure, grid = plt.subplots(
-        len(ways), len(names), figsize=(4.3 * len(names), 3.3 * len(ways)), squeeze=False, layout="constrained"
-    )
+    size = 4.3 * len(names), 3.3 * len(ways)
+    figure, grid = plt.subplots(len(ways), len(names), figsize=size, squeeze=False, sharey="row", layout="constrained")
     for axes_of_way, way in zip(grid, ways, strict=True):
         for axes, name in zip(axes_of_way, names, strict=True):
             chosen = [row for row in series(rows, name) if row["direction"] == way]
