@@ -1,154 +1,106 @@
-"""`python -m bench [--filter TEXT] [--seconds S] [--json FILE] [--readme] [--isa NAME] [--threads N]`
-
-Every case is checked first (the peers must agree within rounding), then all are timed in turn in this process.
-Printed: the peer's time over ours (median, quartiles in brackets), forward and backward, beside the goal.
-"""
+"""The command line. Nothing imports torch before the environment is as --isa asks."""
 
 import argparse
-import datetime
-import json
-import platform
-import re
+import os
+import sys
 from pathlib import Path
 
-import torch
+# What makes torch and the libraries below it, and our kernels, choose an instruction set; all are read at start.
+# ATEN_CPU_CAPABILITY alone is not enough: oneDNN would still use AMX, which torch's bfloat16 attention then trips over.
+HELD = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MMCA_EXT_ISA": "avx2",
+    },
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "MMCA_EXT_ISA": "avx512",
+    },
+}
+COMMANDS = {
+    "run": "time every case of the table against its peers (the default command)",
+    "scaling": "time against length, image share and number of keys",
+    "plot": "draw the figures of a results file",
+    "compare": "what differs between two results files",
+    "readme": "put a results file into the README's table",
+}
 
-import mmca_ext
-from mmca_ext import _C
 
-from .cases import all_cases
-from .timing import interleave, ratio
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Our operators and layers beside what one would write without them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    added = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    for name, seconds in (("run", 2.0), ("scaling", 1.0)):
+        timed = added[name]
+        timed.add_argument("--filter", default="", help="only cases whose name contains this")
+        timed.add_argument("--seconds", type=float, default=seconds, help="per case and direction")
+        timed.add_argument("--threads", type=int, help="for both sides")
+        timed.add_argument(
+            "--isa",
+            choices=HELD,
+            help="hold torch and our kernels to this instruction set (ours alone: the environment's MMCA_EXT_ISA)",
+        )
+        timed.add_argument(
+            "--json", type=Path, help="write the results here; what the other of run and scaling wrote there is kept"
+        )
+    added["plot"].add_argument("results", type=Path)
+    added["plot"].add_argument("--format", default="svg", choices=("svg", "png"))
+    added["plot"].add_argument("--out", type=Path, help="folder of the figures; default: beside the results")
+    added["compare"].add_argument("before", type=Path)
+    added["compare"].add_argument("after", type=Path)
+    added["readme"].add_argument("results", type=Path)
+    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
+        argv = ["run", *argv]
+    return parser.parse_args(argv)
 
 
-def check(case, outputs, names):
-    """Rounding of float32 sums: 2^-24 * 64 steps * values of order 1 leaves 1e-4 out of reach of any right answer.
-    16-bit results are rounded, and the peer's weights too: three roundings of values up to `largest`."""
-    if case.random:
-        return
-    largest, eps = outputs[0].abs().max().item(), torch.finfo(case.dtype).eps
-    bound = 1e-4 if case.dtype == torch.float32 else 1e-4 + 3 * eps * largest
-    for name, output in zip(names[1:], outputs[1:], strict=True):
-        error = (outputs[0].float() - output.float()).abs().max().item()
-        if not error < bound:
-            raise SystemExit(f"{case.name}: ours and {name} differ by {error:.1e}; not timed")
+def hold_to(isa, argv):
+    """Starts this process anew where the environment does not yet say what --isa asks."""
+    wanted = HELD[isa]
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-m", "bench", *argv], {**os.environ, **wanted})
 
 
-def measure(case, seconds):
-    tensors = case.tensors()
-    names, calls = ["ours"], [case.ours]
-    for name, call in case.peers.items():
-        try:
-            call(*tensors)
-        except RuntimeError as error:
-            print(f"{case.name:52} {name:16} fails: {error}")
+def main(argv=None):
+    """Runs a command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    if getattr(options, "isa", None):
+        hold_to(options.isa, argv)
+    from . import results
+
+    try:
+        if options.command in ("run", "scaling"):
+            from . import measure
+
+            measure.run(options, argv)
+        elif options.command == "plot":
+            from . import plots
+
+            plots.draw(options.results, options.out or options.results.parent, options.format)
+        elif options.command == "compare":
+            from . import compare
+
+            compare.show(results.load(options.before), results.load(options.after))
         else:
-            names.append(name), calls.append(call)
-    with torch.no_grad():
-        forward = interleave([lambda call=call: call(*tensors) for call in calls], seconds)
-    outputs = [call(*tensors) for call in calls]
-    check(case, outputs, names)
-    gradient = torch.randn_like(outputs[0])
-    backward = interleave(
-        [lambda out=out: torch.autograd.grad(out, tensors, gradient, retain_graph=True) for out in outputs], seconds
-    )
-    rows = []
-    for index, name in enumerate(names[1:], 1):
-        for direction, times, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-            middle, low, high = ratio(times[index], times[0])
-            ours = sorted(times[0])[len(times[0]) // 2]
-            goal = case.goal.get(name, (None, None))[direction == "backward"]
-            rows.append(
-                {
-                    "case": case.name,
-                    "direction": direction,
-                    "peer": name,
-                    "ratio": middle,
-                    "low": low,
-                    "high": high,
-                    "goal": goal,
-                    "ours_us": ours * 1e6,
-                    "gflops": case.flops * factor / ours / 1e9 or None,
-                    "rounds": len(times[0]),
-                }
-            )
-    return rows
+            from . import readme
 
-
-def facts():
-    return {
-        "date": datetime.date.today().isoformat(),
-        "mmca_ext": mmca_ext.__version__,
-        "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "isa": next(k["isa"] for k in _C.kernels() if k["selected"]),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "commit": _C.build_info().get("commit"),
-    }
-
-
-def write_readme_table(about, rows, source):
-    """Puts the results between the README's markers."""
-    figures = {(row["case"], row["peer"], row["direction"]): row["ratio"] for row in rows}
-
-    def shown(ratio):
-        return f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
-
-    lines = [
-        f"Times faster than the peer, {about['threads']} threads of a shared virtual machine, our "
-        f"{about['isa']} kernels against\ntorch {about['torch']} ({about['torch_cpu_capability']}), {about['date']} "
-        f"([all figures]({source})):\n",
-        "| work | peer | forward | backward |",
-        "|---|---|---|---|",
-    ]
-    for case, peer in dict.fromkeys((row["case"], row["peer"]) for row in rows):
-        forward, backward = (shown(figures[case, peer, direction]) for direction in ("forward", "backward"))
-        lines.append(f"| {case} | {peer} | {forward} | {backward} |")
-    readme = Path("README.md")
-    table = f"<!-- results: {source} -->\n" + "\n".join(lines) + "\n<!-- /results -->"
-    text = re.sub(r"<!-- results: .*? -->\n.*?<!-- /results -->", lambda _: table, readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--filter", default="", help="only cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per case and direction")
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    parser.add_argument("--readme", action="store_true", help="and into the README's table (needs --json)")
-    parser.add_argument("--isa", help="force our kernels to one instruction set")
-    parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
-    if options.isa:
-        _C.force_isa(options.isa)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-    about = facts()
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
-    print(
-        f"{'case':52} {'peer':16} {'direction':9} {'ratio':>7} {'quartiles':>15} {'goal':>6} {'ours':>11} {'GF/s':>6}"
-    )
-    rows = []
-    for case in all_cases():
-        if options.filter not in case.name:
-            continue
-        for row in measure(case, options.seconds):
-            rows.append(row)
-            quartiles = f"[{row['low']:.2f} {row['high']:.2f}]"
-            goal = f"{row['goal']:g}" if row["goal"] else "-"
-            gflops = f"{row['gflops']:.0f}" if row["gflops"] else "-"
-            print(
-                f"{row['case']:52} {row['peer']:16} {row['direction']:9} {row['ratio']:7.2f} {quartiles:>15} {goal:>6} "
-                f"{row['ours_us']:9.0f}us {gflops:>6}",
-                flush=True,
-            )
-    if options.json:
-        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        if options.readme:
-            write_readme_table(about, rows, options.json)
+            readme.write(results.load(options.results), options.results)
+    except results.Problem as problem:
+        print(f"bench {options.command}: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; no results written", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

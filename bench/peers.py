@@ -20,6 +20,18 @@ def sdpa(query, key, value, is_causal=False, attn_mask=None, dropout_p=0.0):
     )
 
 
+def eager(query, key, value, is_causal=False, dropout_p=0.0):
+    """As research code writes it: einsum, masked_fill, softmax, on scores that are all kept. Causal bottom-right."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("bhid,bhjd->bhij", query, key) * query.shape[-1] ** -0.5
+    if is_causal:
+        rows, columns = scores.shape[-2:]
+        hidden = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return torch.einsum("bhij,bhjd->bhid", F.dropout(scores.softmax(-1), dropout_p), value)
+
+
 class Sequences:
     """Packed sequences: their offsets, and where each token lies in a padded batch."""
 
@@ -80,7 +92,7 @@ class Segments:
 
 
 def mmca_eager(query, key, value, segments, image_rows):
-    """The two-softmax form as research code writes it: einsum, masked_fill, softmax."""
+    """The two-softmax form as research code writes it, like `eager`."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * query.shape[-1] ** -0.5

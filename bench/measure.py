@@ -1,0 +1,196 @@
+"""Every case is checked first (the peers must agree within rounding), then all are timed in turn in this process.
+
+Printed: the peer's time over ours (median, quartiles in brackets), forward and backward, beside the goal; and ours as a
+share of the rate of a large float32 matmul that took its turns with them.
+"""
+
+import datetime
+import os
+import platform
+import shlex
+import statistics
+
+import torch
+
+import mmca_ext
+from mmca_ext import _C
+
+from . import results
+from .cases import all_cases
+from .scaling import all_series
+from .timing import interleave, ratio
+
+MATMUL = 1024  # rows, columns and depth of the matmul whose rate is the measure of this machine
+LARGE = 5e8  # flops from which on a case is compared with it
+VARIABLES = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "OMP_", "KMP_", "MMCA_EXT_")
+
+
+def run(options, argv):
+    """The commands `run` and `scaling`."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.json and options.json.exists():
+        results.load(options.json)  # refused now rather than after minutes
+    try:
+        about = facts(argv)
+    except ValueError as error:  # an MMCA_EXT_ISA that this processor or binary lacks
+        raise results.Problem(str(error)) from None
+    part = "scaling" if options.command == "scaling" else "rows"
+    cases = all_series() if part == "scaling" else [({}, case) for case in all_cases()]
+    cases = [(place, case) for place, case in cases if options.filter in case.name]
+    if not cases:
+        raise results.Problem(f"no case has {options.filter!r} in its name")
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    print(
+        f"{'case':52} {'peer':24} {'direction':9} {'ratio':>7} {'quartiles':>15} {'goal':>6} {'ours':>11} {'GF/s':>6} "
+        f"{'of matmul':>9}"
+    )
+    rows, failures = [], []
+    for place, case in cases:
+        for row in measure(case, options.seconds, failures):
+            rows.append({**row, **place})
+            print(line(row), flush=True)
+    reached = [row["ratio"] >= row["goal"] for row in rows if row["goal"]]
+    if reached:
+        print(f"goals reached: {sum(reached)} of {len(reached)}")
+    if options.json:
+        results.save(options.json, part, {"about": about, "rows": rows, "failures": failures})
+
+
+def line(row):
+    quartiles = f"[{row['low']:.2f} {row['high']:.2f}]"
+    goal = f"{row['goal']:.3g}" if row["goal"] else "-"
+    gflops = f"{row['gflops']:.0f}" if row["gflops"] else "-"
+    share = f"{row['matmul_share']:.0%}" if row["matmul_share"] else "-"
+    return (
+        f"{row['case']:52} {row['peer']:24} {row['direction']:9} {row['ratio']:7.2f} {quartiles:>15} {goal:>6} "
+        f"{row['ours_us']:9.0f}us {gflops:>6} {share:>9}"
+    )
+
+
+def measure(case, seconds, failures):
+    """The rows of a case. A peer that fails is printed, noted in `failures` and left out."""
+    inputs = case.tensors()
+    wanted = [*inputs, *case.parameters]
+    calls = {"ours": case.ours}
+    for name, call in case.peers.items():
+        try:
+            attempt(call, inputs, wanted, case.backward)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"{case.name:52} {name:24} fails: {reason}", flush=True)
+            failures.append({"case": case.name, "peer": name, "error": reason})
+        else:
+            calls[name] = call
+    matmul = square_matmul() if case.flops >= LARGE else None
+
+    with torch.no_grad():
+        beside = {**calls, **case.beside}
+        turns = [lambda call=call: call(*inputs) for call in beside.values()]
+        times = interleave(turns + [matmul] * bool(matmul), seconds)
+    rows = list(as_rows(case, "forward", beside, times, 1.0))
+    outputs = {name: as_tuple(call(*inputs)) for name, call in calls.items()}
+    check(case, outputs)
+    if case.backward:
+        gradients = [torch.randn_like(output) for output in outputs["ours"]]
+        turns = [
+            lambda output=output: torch.autograd.grad(output, wanted, gradients, retain_graph=True)
+            for output in outputs.values()
+        ]
+        times = interleave(turns + [matmul] * bool(matmul), seconds)
+        rows += as_rows(case, "backward", calls, times, 2.5)
+    return rows
+
+
+def as_rows(case, direction, names, times, factor):
+    """`times` of ours, of the peers in `names`, and of the matmul where it took part."""
+    ours = statistics.median(times[0])
+    shares = [None] * len(names)
+    if len(times) > len(names):
+        work = case.flops * factor / (2.0 * MATMUL**3)
+        shares = [work * ratio(times[-1], theirs)[0] for theirs in times[:-1]]
+    for index, name in enumerate(names):
+        if index == 0:
+            continue
+        middle, low, high = ratio(times[index], times[0])
+        yield {
+            "case": case.name,
+            "group": case.group,
+            "label": case.label or case.name,
+            "size": case.size,
+            "direction": direction,
+            "peer": name,
+            "same_result": name not in case.beside,
+            "ratio": middle,
+            "low": low,
+            "high": high,
+            "goal": case.goal.get(name, (None, None))[direction == "backward"],
+            "ours_us": ours * 1e6,
+            "peer_us": statistics.median(times[index]) * 1e6,
+            "gflops": case.flops * factor / ours / 1e9 or None,
+            "matmul_share": shares[0],
+            "peer_matmul_share": None if name in case.beside else shares[index],
+            "rounds": len(times[0]),
+        }
+
+
+def attempt(call, inputs, wanted, backward):
+    outputs = as_tuple(call(*inputs))
+    if backward:
+        torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs])
+
+
+def as_tuple(outputs):
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def check(case, outputs):
+    """Rounding of float32 sums: 2^-24 * 64 steps * values of order 1 leaves 1e-4 out of reach of any right answer.
+    16-bit results are rounded, and the peer's weights too: three roundings of values up to `largest`."""
+    if case.random:
+        return
+    for name, theirs in outputs.items():
+        for ours, other in zip(outputs["ours"], theirs, strict=True):
+            eps = torch.finfo(case.dtype).eps if case.dtype != torch.float32 else 0.0
+            bound = 1e-4 + 3 * eps * ours.abs().max().item()
+            error = (ours.float() - other.float()).abs().max().item()
+            if not error < bound:
+                raise results.Problem(f"{case.name}: ours and {name} differ by {error:.1e}; not timed")
+
+
+def square_matmul():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, MATMUL, MATMUL, generator=generator)
+    out = torch.empty(MATMUL, MATMUL)
+
+    def call():
+        with torch.no_grad():
+            torch.mm(a, b, out=out)
+
+    return call
+
+
+def facts(argv):
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", "bench", *argv]),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "cpu": cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "isa": next(k["isa"] for k in _C.kernels() if k["selected"]),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mmca_ext": mmca_ext.__version__,
+        "commit": _C.build_info().get("commit"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpu_model():
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
