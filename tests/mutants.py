@@ -67,7 +67,7 @@ def with_numbered_checks(text, guards, path):
 NAN, EMPTY, EXTREME = (FAULTS + f"test_{name}.py" for name in ("nan_and_inf", "empty_rows", "extreme_numbers"))
 LIMITS, SUBSETS, RANDOM = (FAULTS + f"test_{name}.py" for name in ("limits", "gradient_subsets", "randomness"))
 REPEAT, PROCESS, LAYOUT = (FAULTS + f"test_{name}.py" for name in ("determinism", "process", "memory_layout"))
-FORWARD, BACKWARD, SOFTMAX = (f"csrc/cpu/{name}.h" for name in ("forward", "backward", "softmax"))
+FORWARD, BACKWARD, SOFTMAX, SMALL = (f"csrc/cpu/{name}.h" for name in ("forward", "backward", "softmax", "small"))
 PLAN, SCHEDULE = "csrc/core/plan.cpp", "csrc/cpu/schedule.cpp"
 
 KERNELS = [
@@ -77,8 +77,8 @@ KERNELS = [
         "forward: values that are not finite are noticed",
         [NAN],
         FORWARD,
-        "values_finite_ = is_finite(S::reduce_add(finite));",
-        "values_finite_ = true;",
+        "values_finite_ = is_finite(S::reduce_add(finite));\n      if (!values_finite_) zero",
+        "values_finite_ = true;\n      if (!values_finite_) zero",
     ),
     Mutant(
         "forward: non-finite values are added back",
@@ -94,7 +94,7 @@ KERNELS = [
         " && visibility.sees(begin_ + block + r, first + c))",
         ")",
     ),
-    Mutant("few rows: sums are looked at", [NAN], FORWARD, "if (is_finite(check)) return;", "return;"),
+    Mutant("few rows: sums are looked at", [NAN], FORWARD, "if (values_finite_) return;", "return;"),
     Mutant("few rows: sums are taken again", [NAN], FORWARD, "std::copy_n(before_, elements, out);", ""),
     Mutant(
         "few rows: copies without NaN",
@@ -128,17 +128,68 @@ KERNELS = [
         "forward: tiles that nobody sees",
         [EMPTY],
         FORWARD,
-        "for (int r = 0; r < n; ++r) std::fill_n(scores + r * stride, width, -infinity<T>);",
+        "if (tile == Visibility::none) continue;",
         "",
     ),
     Mutant(
-        "forward: a smallest number is no -inf",
+        "a smallest number is no -inf",
         [EMPTY],
-        FORWARD,
-        "natural_ ? maximum + log2_sum * ln_2 : lse2 * ln_2",
+        SOFTMAX,
+        "natural ? maximum + log2_sum * ln_2 : lse2 * ln_2",
         "lse2 * ln_2",
     ),
     Mutant("forward: not before a backward", [REPEAT], FORWARD, " && !problem_.lse_low.data;", ";"),
+    Mutant("small: hidden scores", [EMPTY, NAN], SMALL, "hide<registers>(weights, -infinity<T>);", ""),
+    Mutant(
+        "small: maximum of a row that sees nothing",
+        [EMPTY],
+        SMALL,
+        "S::select_less(S::broadcast(-infinity<T>), best[x], best[x], S::zero())",
+        "best[x]",
+    ),
+    Mutant(
+        "small: divisor of a row that sees nothing",
+        [EMPTY],
+        SMALL,
+        "S::select_less(S::zero(), l[x], l[x], S::broadcast(T(1)))",
+        "l[x]",
+    ),
+    Mutant(
+        "small: copies without NaN",
+        [NAN],
+        SMALL,
+        "if (is_finite(S::reduce_add(sum))) return as_they_are;",
+        "return as_they_are;",
+    ),
+    Mutant(
+        "small: non-finite values are added back",
+        [NAN],
+        SMALL,
+        "if (value_ != values_as_they_are_) add",
+        "if (false) add",
+    ),
+    Mutant(
+        "small: non-finite keys are added back", [NAN], SMALL, "if (key_ != keys_as_they_are_) add", "if (false) add"
+    ),
+    Mutant("small: only for the rows that see them", [NAN], SMALL, "if (sees(first + r, c))", "if (true)"),
+    Mutant("small: hidden products with values", [NAN], SMALL, "hide<registers>(grads, T(0));\n\n", "\n\n"),
+    Mutant(
+        "small: hidden weights of a row with NaN",
+        [NAN],
+        SMALL,
+        "hide<registers>(weights, T(0)), hide<registers>(grads, T(0));",
+        "hide<registers>(grads, T(0));",
+    ),
+    Mutant(
+        "small: hidden gradients of a row with NaN",
+        [NAN],
+        SMALL,
+        "hide<registers>(weights, T(0)), hide<registers>(grads, T(0));",
+        "hide<registers>(weights, T(0));",
+    ),
+    Mutant("small: rows without NaN", [NAN], SMALL, "finite = false, zero_non_finite(panel, feature_panel);", ";"),
+    Mutant("small: non-finite rows are added back", [NAN], SMALL, "!finite && r < count_", "false && r < count_"),
+    Mutant("small: only to the keys that they see", [NAN], SMALL, "if (sees(r, c))", "if (true)"),
     Mutant("weighted", [NAN], SOFTMAX, "return weight == T(0) ? T(0) : weight * x;", "return weight * x;"),
     Mutant(
         "an only group has weight 1",
