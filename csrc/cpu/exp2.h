@@ -53,11 +53,18 @@ MMCA_INLINE void exp2_in_place(typename Simd<T>::Reg (&x)[count]) {
   for (int u = 0; u < count; ++u) x[u] = S::mul(polynomial[u], power[u]);
 }
 
-template <class T>
-MMCA_INLINE T exp2_one(T x) {
-  typename Simd<T>::Reg r[1] = {Simd<T>::broadcast(x)};
-  exp2_in_place<T, 1>(r);
-  alignas(64) T lanes[Simd<T>::width];
-  Simd<T>::store(lanes, r[0]);
-  return lanes[0];
+// x[0..count) = exp2(x).
+template <class T, int count>
+MMCA_INLINE void exp2_each(T* x) {
+  using S = Simd<T>;
+  constexpr int registers = (count + S::width - 1) / S::width;
+  alignas(64) T lanes[registers * S::width] = {};
+  std::copy_n(x, count, lanes);
+  typename S::Reg r[registers];
+#pragma GCC unroll 4
+  for (int i = 0; i < registers; ++i) r[i] = S::load(lanes + i * S::width);
+  exp2_in_place<T, registers>(r);
+#pragma GCC unroll 4
+  for (int i = 0; i < registers; ++i) S::store(lanes + i * S::width, r[i]);
+  std::copy_n(lanes, count, x);
 }

@@ -229,20 +229,23 @@ class Forward {
 
     // P = exp2(c (S - m')), and the running maximum, sum and rescaling factor of each row of a strip.
     void softmax(int group, int first_row, int rows, int strip, std::int32_t first, std::uint64_t live) {
+      T* factor = factor_ + strip * strip_rows;
+      T maximum[strip_rows];
       for (int r = 0; r < rows; ++r) {
-        const int in_block = strip * strip_rows + r;
-        T* scores = scores_ + in_block * stride;
         const T before = maximum_[first_row + r];
-        const T best = std::max(before, S::reduce_max(S::load(row_max_ + in_block * S::width)));
-        const T maximum = best == -infinity<T> ? T(0) : best;
-        const T factor = exp2_one<T>(scale_.below(before - maximum));
+        const T best = std::max(before, S::reduce_max(S::load(row_max_ + (strip * strip_rows + r) * S::width)));
         maximum_[first_row + r] = best;
-        factor_[in_block] = factor;
+        maximum[r] = best == -infinity<T> ? T(0) : best;
+        factor[r] = scale_.below(before - maximum[r]);
+      }
+      exp2_each<T, strip_rows>(factor);
+      for (int r = 0; r < rows; ++r) {
+        T* scores = scores_ + (strip * strip_rows + r) * stride;
         T* sum = sum_ + static_cast<std::ptrdiff_t>(first_row + r) * S::width;
-        typename S::Reg total = S::mul(S::broadcast(factor), S::load(sum));
+        typename S::Reg total = S::mul(S::broadcast(factor[r]), S::load(sum));
         for_each_run(live, [&](int first_panel, int end_panel) {
           const int from = first_panel * width, to = end_panel * width;
-          total = S::add(total, exp2_row<T>(scores + from, to - from, scale_, maximum));
+          total = S::add(total, exp2_row<T>(scores + from, to - from, scale_, maximum[r]));
           if (problem_.dropout.threshold) drop(group, first_row + r, first + from, to - from, scores + from);
         });
         S::store(sum, total);

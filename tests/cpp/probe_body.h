@@ -73,7 +73,10 @@ struct ProbeBody {
     else if (registers == 2) exp2_by<2>(x, count);
     else exp2_by<4>(x, count);
   }
-  static T one(T x) { return exp2_one<T>(x); }
+  static T one(T x) {
+    exp2_each<T, 1>(&x);
+    return x;
+  }
   static void tanh(T* y, T* slope, int count) {
     for (int i = 0; i < count; i += width) {
       typename S::Reg derivative;
