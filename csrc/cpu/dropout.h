@@ -44,8 +44,8 @@ inline MMCA_NOINLINE void philox_lanes(const Dropout& dropout, std::uint32_t fir
 template <class T, int count>
 MMCA_INLINE void choose_factors(const std::uint16_t* lanes16, std::uint32_t threshold, T scale, T* factors) {
   using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-  const Bits bits = std::bit_cast<Bits>(scale);
-  Bits chosen[count];
+  Bits bits, chosen[count];
+  std::memcpy(&bits, &scale, sizeof bits);
   for (int x = 0; x < count; ++x) chosen[x] = bits & (Bits(0) - Bits(lanes16[x] >= threshold));
   std::memcpy(factors, chosen, sizeof chosen);
 }

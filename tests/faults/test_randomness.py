@@ -124,7 +124,7 @@ def test_own_values_of_image_rows_are_not_dropped(isa, dtype):
 @pytest.mark.parametrize("p", [1.0, 0.9999, 1e-5, 1e-6])
 def test_probabilities_at_the_ends(isa, p, dtype):
     """All dropped is zero with zero gradients; below 1 / 131072 nothing is."""
-    query, key, value = qkv(20, 30, dtype=dtype)
+    query, key, value = qkv(20, 130, dtype=dtype)  # few keys without dropout have a kernel of their own, and other bits
     results = everything(Problem(query=query, key=key, value=value, dropout_p=p))
     assert all(t.isfinite().all() for t in results.values())
     plain = everything(Problem(query=query, key=key, value=value))
