@@ -31,7 +31,7 @@ bench: build $(VENV)/.cpp-tools  ## side by side with torch's own attention
 
 bench-cpp: $(VENV)/.cpp-tools  ## the kernels without torch, beside what the processor can do at most (BENCH_CPP_ARGS)
 	cmake -S bench/cpp -B build/bench-cpp && cmake --build build/bench-cpp --parallel
-	status=0; for family in $(notdir $(basename $(wildcard bench/cpp/*_bench.cpp))); do \
+	status=0; for family in tiles_bench $(notdir $(basename $(wildcard bench/cpp/*_bench.cpp))); do \
 	  build/bench-cpp/$$family --gtest_output=json:build/bench-cpp/$$family.json $(BENCH_CPP_ARGS) || status=1; \
 	done; exit $$status
 

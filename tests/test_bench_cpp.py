@@ -93,6 +93,14 @@ def test_decoding_is_beside_memory(binaries, tmp_path):
     assert record["limit"] == "memory_gbytes_per_second" and record["threads"] == "1"
 
 
+def test_inner_loops(binaries, tmp_path):
+    report = tmp_path / "report.json"
+    run(binaries / "tiles_bench", f"--gtest_output=json:{report}", timeout=300, env=environment())
+    records = json.loads(report.read_text())["testsuites"][0]["testsuite"]
+    assert {"score/scalar", "exp2_row/scalar"} <= {record["name"] for record in records}
+    assert all(float(record["slots"]) > 0 for record in records)
+
+
 def test_one_instruction_set_alone(binaries):
     done = run(binaries / "mmca_bench", "--gtest_list_tests", timeout=60, env=environment(MMCA_EXT_ISA="scalar")).stdout
     assert "/scalar" in done and "/avx" not in done

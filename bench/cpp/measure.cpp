@@ -13,15 +13,16 @@
 #include "meter.h"
 
 namespace mmca::bench {
+
+double wall_clock() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 namespace {
 
 constexpr double round_seconds = 1e-3;  // at least: the clock's resolution and waking threads are nothing beside it
 constexpr double longest_limit_round = 10e-3;
 constexpr int fewest_rounds = 5;
-
-double wall_clock() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // One thread is measured by its own processor time, so that programs it shares its core with do not count; several by
 // the time that passes, since they wait for each other.
@@ -151,6 +152,8 @@ Settings settings_of_environment() {
   settings.threads = static_cast<int>(number_of_environment("MMCA_BENCH_THREADS", cores, 1));
   return settings;
 }
+
+double seconds_of_one_thread(const std::function<void()>& body) { return Clock{true}.time_of(body); }
 
 Quartiles quartiles(std::vector<double> values) {
   std::sort(values.begin(), values.end());

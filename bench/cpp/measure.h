@@ -1,7 +1,9 @@
 // Timing a kernel beside what the processor can do at most, and putting the figures into a test's record.
 #pragma once
 
+#include <functional>
 #include <string>
+#include <vector>
 
 #include "pool.h"
 #include "subject.h"
@@ -18,6 +20,10 @@ struct Quartiles {
   double low = 0, middle = 0, high = 0;
 };
 Quartiles quartiles(std::vector<double> values);  // of at least one
+
+double wall_clock();
+// By the thread's own processor time: programs it shares its core with do not count.
+double seconds_of_one_thread(const std::function<void()>& body);
 
 struct Figures {
   Quartiles seconds, gflops, share;  // of one call; share of the limit, round by round

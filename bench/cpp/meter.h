@@ -8,6 +8,7 @@
 namespace mmca::bench {
 
 struct Meter {
+  int width = 0;  // floats of a register
   double flops_per_step = 0;
   // Independent chains of x = x * factor + addend, as many as a kernel's tile has accumulators. Returns their sum.
   float (*multiply_add)(std::int64_t steps, float factor, float addend) = nullptr;
@@ -30,6 +31,11 @@ namespace meter_avx512 {
 void get_meter(bench::Meter& meter);
 }
 #endif
+#if defined(__aarch64__)
+namespace meter_neon {
+void get_meter(bench::Meter& meter);
+}
+#endif
 }  // namespace mmca::cpu
 
 namespace mmca::bench {
@@ -39,6 +45,9 @@ inline Meter meter_of(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::avx2) cpu::meter_avx2::get_meter(meter);
   if (isa == Isa::avx512) cpu::meter_avx512::get_meter(meter);
+#endif
+#if defined(__aarch64__)
+  if (isa == Isa::neon) cpu::meter_neon::get_meter(meter);
 #endif
   if (isa == Isa::scalar) cpu::meter_scalar::get_meter(meter);
   return meter;

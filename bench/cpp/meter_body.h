@@ -35,5 +35,5 @@ MMCA_NOINLINE float sum(const float* data, std::int64_t count) {
 }
 
 void get_meter(bench::Meter& meter) {
-  meter = {2.0 * 2 * Simd<float>::tile_rows * Simd<float>::width, multiply_add, sum};
+  meter = {Simd<float>::width, 2.0 * 2 * Simd<float>::tile_rows * Simd<float>::width, multiply_add, sum};
 }

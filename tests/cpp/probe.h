@@ -48,6 +48,7 @@ struct Probe {
   T (*exp2_one)(T x);
   void (*tanh)(T* y, T* slope, int count);  // count: a multiple of width
   T (*softcapped)(T t, T softcap, T* slope);
+  T (*exp2_row)(T* scores, int count, double scale, T maximum);  // the sum
   T (*dot)(const T* a, const T* b, int count);
   void (*dropout_factors)(const Dropout& dropout, const KeyList& keys, std::int32_t first, int count,
                           std::uint32_t position, std::uint32_t head, T* factors);

@@ -106,6 +106,10 @@ struct ProbeBody {
     direct_score_tile<T, probe_stride>(rows, padded, packed, keys, scores);
   }
 
+  static T row_of_exp2(T* scores, int count, double scale, T maximum) {
+    return Simd<T>::reduce_add(exp2_row<T>(scores, count, ExponentScale<T>(scale), maximum));
+  }
+
   static void get(mmca::test::Probe<T>& p) {
     p.width = width, p.tile_rows = most;
     p.score_tile = score, p.row_tile = row, p.rescaled_row_tile = rescaled;
@@ -120,6 +124,7 @@ struct ProbeBody {
     else p.widen_row = nullptr, p.narrow_row = nullptr;
     p.exp2 = exp2, p.exp2_one = one;
     p.tanh = tanh, p.softcapped = capped;
+    p.exp2_row = row_of_exp2;
     p.dot = dot<T>;
     p.dropout_factors = dropout_factors<T>;
     p.backward_tiles = tiles;
