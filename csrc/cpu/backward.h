@@ -11,8 +11,9 @@
 // Where scores are more than products (cpu/scores.h), P = exp2(log2(e) (S - lse_r)), dbias += dS, and dS is multiplied
 // by the softcap's derivative on its way to Q and K.
 //
-// A work item owns a run of one group's keys: keys outermost, rows (cpu/rows.h) inside, dK and dV in scratch until all
-// rows have passed, dQ added to the item's own partial. No atomics on floats and no order that depends on threads.
+// Small heads have a kernel of their own (cpu/small.h). Of the others, a work item owns a run of one group's keys: keys
+// outermost, rows (cpu/rows.h) inside, dK and dV in scratch until all rows have passed, dQ added to the item's own
+// partial. No atomics on floats and no order that depends on threads.
 //
 // Layout in scratch: Q, dO' strips [strip][feature][tile_rows]; K, V columns [panel][feature][lanes]; K, Q, dO' rows
 // [feature panel][row][lanes]; P and dS [row][key]; dK, dV, partial dQ [row][feature].
@@ -35,7 +36,7 @@ class Backward {
     const BackwardHead& head = wave_.heads[static_cast<std::size_t>(item.head)];
     const Problem problem = plan_.problem_of(problem_, head.batch);
     const SequencePlan& sequence = plan_.of(head.batch);
-    if (Small<T>::takes(problem, sequence))
+    if (is_small(problem, sequence))
       return run_small<T>(problem, {problem, sequence, head.batch, head.kv_head}, &Small<T>::backward);
     Arena measure(nullptr);
     Item(*this, problem, head, item, measure);
@@ -52,6 +53,7 @@ class Backward {
   static constexpr int stride = key_block + 16;
   static constexpr int key_step = std::lcm(strip_rows, width);  // packed keys are a multiple of both tile sides
   static_assert(row_block % strip_rows == 0 && key_block % key_step == 0);
+  static_assert(key_range >= small_keys);  // small heads are one item
 
   class Item {
    public:

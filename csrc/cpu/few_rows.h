@@ -13,6 +13,7 @@ template <class T>
 inline constexpr int quad = quad_size<T>();
 template <class T>
 inline constexpr int quad_rows = Simd<T>::width / quad<T>;
+static_assert(tile_rows<float> % quad_rows<float> == 0 && tile_rows<double> % quad_rows<double> == 0);  // whole strips
 
 template <class T>
 MMCA_INLINE typename Simd<T>::Reg broadcast_quad(const T* features) {

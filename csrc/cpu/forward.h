@@ -12,7 +12,8 @@
 // Layout in scratch: Q [strip][feature][tile_rows], K [panel][feature][lanes], V [panel][key][lanes],
 // S and P [row][key], O [group][row][feature]. Key blocks start at multiples of key_block of the list and strips
 // at multiples of tile_rows of the rows, so neither chunking nor threads change a bit of the result. Where a head has
-// few rows in all, keys and values are not packed (cpu/few_rows.h).
+// few rows in all, keys and values are not packed (cpu/few_rows.h); small heads have a kernel of their own
+// (cpu/small.h).
 
 template <class T>
 class Forward {
@@ -26,7 +27,7 @@ class Forward {
     const ForwardItem& item = items_[static_cast<std::size_t>(index)];
     const Problem problem = plan_.problem_of(problem_, item.batch);
     const SequencePlan& sequence = plan_.of(item.batch);
-    if (Small<T>::takes(problem, sequence))
+    if (is_small(problem, sequence))
       return run_small<T>(problem, {problem, sequence, item.batch, item.kv_head}, &Small<T>::forward);
     Arena measure(nullptr);
     Item(problem, plan_, item, measure);
@@ -40,6 +41,7 @@ class Forward {
   static constexpr int stride = key_block + 16;  // of score rows: off the powers of two
   static constexpr int block_strips = row_block / strip_rows;
   static_assert(row_block % strip_rows == 0 && key_block % width == 0 && key_block / width <= 64);
+  static_assert(row_block >= small_rows);  // small heads are one item
 
   class Item {
    public:
@@ -67,7 +69,7 @@ class Forward {
       row_max_ = arena.take<T>(static_cast<std::size_t>(row_block) * S::width);
       factor_ = arena.take<T>(row_block);
       dropout_ = arena.take<T>(key_block);
-      buffer_ = arena.take<T>(static_cast<std::size_t>(width) * dim);
+      buffer_ = arena.take<T>(static_cast<std::size_t>(std::max(width, strip_rows)) * dim);
       before_ = arena.take<T>(static_cast<std::size_t>(few_rows) * padded_value_dim_);
       output_stride_ = static_cast<std::ptrdiff_t>(padded) * padded_value_dim_;
       padded_rows_ = padded;
@@ -188,7 +190,7 @@ class Forward {
       for (int i = 0; i < rows * S::width; i += S::width) S::store(row_max_ + i, S::broadcast(-infinity<T>));
       for (int c = 0; c < keys; c += width) {
         const std::int32_t key = first + c;
-        if (direct_) find_rows(key_reader(), rows_.plan.keys[group], key, std::min(width, keys - c), keys_);
+        bool found = !direct_;
         for (int s = 0; s < strips; ++s) {
           if (key >= range[s].any.end || key + width <= range[s].any.begin) continue;
           const int n = std::min(strip_rows, rows - s * strip_rows);
@@ -201,6 +203,8 @@ class Forward {
           if (pairs || key < range[s].all.begin || key + width > range[s].all.end)
             tile = visibility.look<width>(entry, n, key, finite_bias ? nullptr : shape.bias(), visible);
           if (tile == Visibility::none) continue;
+          if (!found) find_rows(key_reader(), rows_.plan.keys[group], key, std::min(width, keys - c), keys_);
+          found = true;
           live[s] |= std::uint64_t{1} << (c / width);
           const T* panel = keys_ + static_cast<std::ptrdiff_t>(c) * padded_head_dim_;
           const T* strip = query_ + static_cast<std::ptrdiff_t>(block / strip_rows + s) * strip_size_;
@@ -284,9 +288,7 @@ class Forward {
       const int elements = rows * padded_value_dim_;
       std::copy_n(out, elements, before_);
       weigh_live_directly(group, rows, first, keys, live, false);
-      typename S::Reg finite = S::zero();
-      for (int i = 0; i < elements; i += S::width) finite = S::fma(S::load(out + i), S::zero(), finite);
-      values_finite_ = is_finite(S::reduce_add(finite));
+      values_finite_ = all_finite(out, elements);
       if (values_finite_) return;
       std::copy_n(before_, elements, out);
       weigh_live_directly(group, rows, first, keys, live, true);

@@ -157,6 +157,15 @@ MMCA_INLINE bool is_finite(T x) {
   return x - x == T(0);
 }
 
+// Of a multiple of the width.
+template <class T>
+MMCA_INLINE bool all_finite(const T* numbers, int count) {
+  using S = Simd<T>;
+  typename S::Reg finite = S::zero();
+  for (int i = 0; i < count; i += S::width) finite = S::fma(S::load(numbers + i), S::zero(), finite);
+  return is_finite(S::reduce_add(finite));
+}
+
 // A weight of zero must hide what it multiplies, and 0 * NaN does not. Panels of rows are therefore kept finite: this
 // zeroes their non-finite elements, and add_non_finite adds these back for the weights that really see them.
 template <class T>

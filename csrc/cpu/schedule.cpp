@@ -75,7 +75,10 @@ std::vector<BackwardWave> backward_waves(const Problem& problem, const Plan& pla
   std::vector<BackwardWave> waves;
   const auto add = [&](std::int64_t b, std::int64_t h, bool alone) {
     const SequencePlan& sequence = plan.of(b);
-    const std::int64_t rows = divide_up(sequence.q_len * problem.heads_per_kv(), tiles.strip_rows) * tiles.strip_rows;
+    const std::int64_t rows =
+        is_small(problem, sequence)
+            ? 0
+            : divide_up(sequence.q_len * problem.heads_per_kv(), tiles.strip_rows) * tiles.strip_rows;
     const std::int64_t rows_limit = std::max(partial_bytes_limit / tiles.partial_row_bytes, rows);
     const std::int64_t parts_limit = rows ? std::min(rows_limit / rows, max_parts) : max_parts;
     const std::vector<BackwardItem> items = items_of_head(problem, sequence, tiles.key_range, parts_limit);

@@ -11,6 +11,15 @@
 
 namespace mmca::cpu {
 
+// Plain attention of a head so small that it has a kernel of its own (cpu/small.h). By the sequence alone, so that the
+// bits of a result depend on nothing else. Where keys are many for few rows, most of its lanes would be idle for long.
+inline constexpr int small_rows = 64, small_keys = 64;
+inline bool is_small(const Problem& problem, const SequencePlan& sequence) {
+  const std::int64_t rows = sequence.q_len * problem.heads_per_kv(), keys = sequence.keys[0].size;
+  return !problem.is_mmca && !problem.attn_mask.data && !problem.shapes_scores() && !problem.dropout.threshold &&
+         rows <= small_rows && keys > 0 && keys <= small_keys && keys <= 8 * rows;
+}
+
 // Rows begin..end-1 of the row list (cpu/rows.h) of one batch and KV head.
 struct ForwardItem {
   std::int64_t batch, kv_head, begin, end;

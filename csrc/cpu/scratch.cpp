@@ -16,6 +16,9 @@ struct Block {
   ~Block() { std::free(data); }
   void* at_least(std::size_t wanted) {
     wanted = (wanted + 4095) / 4096 * 4096;
+#if defined(__SANITIZE_ADDRESS__)
+    if (data) ASAN_UNPOISON_MEMORY_REGION(data, bytes);  // the last arena's gaps
+#endif
     if (wanted <= bytes && !(bytes > kept_bytes && wanted <= kept_bytes)) return data;
     std::free(data);
     bytes = 0;

@@ -2,13 +2,13 @@
 // namespace of an instruction set. Notation: core/problem.h.
 //
 // All of a head's scores are here at once, so the softmax is the plain one. Rows (cpu/rows.h) are the lanes: sums over
-// keys and features need nothing from other lanes, and keys and values are used as they lie, by broadcasts:
+// keys and features need nothing from other lanes, and keys and values are not transposed but broadcast:
 //
 //     S^T = K Q^T;   P^T = softmax over keys;   O^T = V^T P^T
 //     dP^T = V dO^T;   dS^T = P^T (dP^T - rowsum(P dP) + dlse);   dQ^T = scale K^T dS^T;   dV = P^T dO;
 //     dK = scale dS^T Q
 //
-// Layout in scratch: K, V copies [key][row_stride]; per panel of rows Q, dO, O, dQ [feature][panel], S, P, dP, dS
+// Layout in scratch: K, V copies [key][copy_stride]; per panel of rows Q, dO, O, dQ [feature][panel], S, P, dP, dS
 // [key][panel]; Q and dO again as they are, dK and dV, [feature / lanes][row or key][lanes].
 //
 // A weight of zero must hide what it multiplies, and 0 * NaN does not: products are taken of copies without what is not
@@ -17,15 +17,7 @@
 template <class T>
 class Small {
  public:
-  static constexpr int max_rows = 64, max_keys = 64;
-
-  // By the sequence alone, so that the bits of a result depend on nothing else. Where keys are many for few rows, most
-  // lanes would be idle for long.
-  static bool takes(const Problem& problem, const SequencePlan& plan) {
-    const std::int64_t rows = problem.q_len * problem.heads_per_kv();
-    return !problem.is_mmca && !problem.attn_mask.data && !problem.shapes_scores() && !problem.dropout.threshold &&
-           rows <= max_rows && plan.keys[0].size > 0 && plan.keys[0].size <= std::min<std::int64_t>(max_keys, 8 * rows);
-  }
+  static constexpr int max_rows = small_rows, max_keys = small_keys;
 
   Small(const Problem& problem, const RowList& rows, Arena& arena)
       : problem_(problem),
@@ -33,7 +25,7 @@ class Small {
         list_(rows.plan.keys[0]),
         scale_(problem.scale),
         count_(static_cast<int>(rows.size())),
-        keys_(list_.size),
+        key_count_(list_.size),
         head_dim_(static_cast<int>(problem.head_dim)),
         value_dim_(static_cast<int>(problem.value_dim)),
         padded_head_dim_(round_up(head_dim_, lanes<T>)),
@@ -42,7 +34,7 @@ class Small {
         panel_(registers_ * S::width) {
     const int dim = std::max(padded_head_dim_, padded_value_dim_);
     for (T** copies : {&keys_as_they_are_, &values_as_they_are_, &finite_keys_, &finite_values_})
-      *copies = arena.take<T>(static_cast<std::size_t>(max_keys + tile_rows<T>) * row_stride);
+      *copies = arena.take<T>(static_cast<std::size_t>(max_keys + tile_rows<T>) * copy_stride);
     columns_ = arena.take<T>(static_cast<std::size_t>(dim) * lanes<T>);
     weights_ = arena.take<T>(static_cast<std::size_t>(round_up(count_, panel_)) * padded_keys);
     result_ = arena.take<T>(static_cast<std::size_t>(dim + tile_rows<T>) * lanes<T>);
@@ -76,7 +68,7 @@ class Small {
  private:
   using S = Simd<T>;
   using Reg = typename S::Reg;
-  static constexpr int row_stride = 256 + 16;  // of the copies: the largest head_dim, off the powers of two
+  static constexpr int copy_stride = 256 + 16;  // of the copies: the largest head_dim, off the powers of two
   static constexpr int padded_keys = max_keys + tile_rows<T>;
 
   // ---------------------------------------------------------------- what is read
@@ -98,20 +90,18 @@ class Small {
   // weights, which is finite.
   const T* copy_rows(const Input& input, int features, int padded, T* as_they_are, T* finite) const {
     const RowReader<T> reader(input, problem_.dtype, rows_.kv_head, features, padded);
-    Reg sum = S::zero();
-    for (int c = 0; c < keys_; ++c) {
-      T* out = as_they_are + c * row_stride;
+    bool all = true;
+    for (int c = 0; c < key_count_; ++c) {
+      T* out = as_they_are + c * copy_stride;
       const T* row = reader.row(list_.position(c), out);
-      for (int d = 0; d < padded; d += S::width) {
-        const Reg x = S::loadu(row + d);
-        S::store(out + d, x);
-        sum = S::fma(x, S::zero(), sum);
-      }
+      if (row != out)
+        for (int d = 0; d < padded; d += S::width) S::store(out + d, S::loadu(row + d));
+      all &= all_finite(out, padded);
     }
-    if (is_finite(S::reduce_add(sum))) return as_they_are;
-    for (int c = 0; c < keys_; ++c) {
-      std::copy_n(as_they_are + c * row_stride, padded, finite + c * row_stride);
-      zero_non_finite(finite + c * row_stride, padded);
+    if (all) return as_they_are;
+    for (int c = 0; c < key_count_; ++c) {
+      std::copy_n(as_they_are + c * copy_stride, padded, finite + c * copy_stride);
+      zero_non_finite(finite + c * copy_stride, padded);
     }
     return finite;
   }
@@ -127,7 +117,7 @@ class Small {
   void attend(int first) {
     const int n = std::min(panel_, count_ - first);
     softmax<registers>(first, n, weights_);
-    columns_times_panel<registers>(padded_value_dim_, keys_, value_, weights_, result_);
+    columns_times_panel<registers>(padded_value_dim_, key_count_, value_, weights_, result_);
     unpack_rows(n, padded_value_dim_);
     if (value_ != values_as_they_are_) add_non_finite_keys(first, n, weights_, values_as_they_are_, padded_value_dim_);
     auto entry = rows_.walk(first);
@@ -150,7 +140,7 @@ class Small {
     keep_rows(first, n, padded_head_dim_, query_rows_);
     pack_panel(first, n, value_dim_, T(1), [&](Row row, T* buffer) { return grad(row, buffer); });
     keep_rows(first, n, padded_value_dim_, grad_rows_);
-    rows_times_panel<registers>(keys_, value_dim_, values_as_they_are_, columns_, grads);
+    rows_times_panel<registers>(key_count_, value_dim_, values_as_they_are_, columns_, grads);
     hide<registers>(grads, T(0));
 
     Reg offset[registers];
@@ -163,13 +153,13 @@ class Small {
     }
 #pragma GCC unroll 2
     for (int x = 0; x < registers; ++x) offset[x] = S::zero();
-    for (int i = 0; i < keys_ * size; i += size)
+    for (int i = 0; i < key_count_ * size; i += size)
 #pragma GCC unroll 2
       for (int x = 0; x < registers; ++x)
         offset[x] = S::fma(S::load(weights + i + x * S::width), S::load(grads + i + x * S::width), offset[x]);
 #pragma GCC unroll 2
     for (int x = 0; x < registers; ++x) offset[x] = S::sub(offset[x], S::load(lse_gradient + x * S::width));
-    for (int i = 0; i < keys_ * size; i += size)
+    for (int i = 0; i < key_count_ * size; i += size)
 #pragma GCC unroll 2
       for (int x = 0; x < registers; ++x) {
         T* g = grads + i + x * S::width;
@@ -177,7 +167,7 @@ class Small {
       }
     hide<registers>(weights, T(0)), hide<registers>(grads, T(0));  // again: a row's NaN is everywhere in its lane
 
-    columns_times_panel<registers>(padded_head_dim_, keys_, key_, grads, result_);
+    columns_times_panel<registers>(padded_head_dim_, key_count_, key_, grads, result_);
     unpack_rows(n, padded_head_dim_);
     if (key_ != keys_as_they_are_) add_non_finite_keys(first, n, grads, keys_as_they_are_, padded_head_dim_);
     auto entry = rows_.walk(first);
@@ -193,9 +183,9 @@ class Small {
   // To row_, what the finite copies lack of keys or values.
   void add_non_finite_keys(int first, int n, const T* weights, const T* as_they_are, int padded) const {
     for (int r = 0; r < n; ++r)
-      for (int c = 0; c < keys_; ++c)
+      for (int c = 0; c < key_count_; ++c)
         if (sees(first + r, c))
-          add_non_finite(as_they_are + c * row_stride, padded, weights[c * panel_ + r], row_ + r * padded);
+          add_non_finite(as_they_are + c * copy_stride, padded, weights[c * panel_ + r], row_ + r * padded);
   }
 
   // dK or dV = factor * (dS^T or P^T) times rows packed by keep_rows; `find` reads one as it is.
@@ -208,8 +198,8 @@ class Small {
     for (int d = 0; d < padded; d += lanes<T>) {
       T *panel = packed_rows + d * max_rows, *gradient = grad_keys_ + d * padded_keys;
       if (!all_finite(panel, count_ * lanes<T>)) finite = false, zero_non_finite(panel, feature_panel);
-      for (int c = 0; c < keys_; c += tile_rows<T>)
-        with_tile_height<T>(std::min(tile_rows<T>, keys_ - c), [&](auto height) {
+      for (int c = 0; c < key_count_; c += tile_rows<T>)
+        with_tile_height<T>(std::min(tile_rows<T>, key_count_ - c), [&](auto height) {
           for (int first = 0; first < count_; first += panel_) {
             const int n = std::min(panel_, count_ - first);
             const T *a = weights + first * padded_keys + c * panel_, *b = panel + first * lanes<T>;
@@ -219,7 +209,7 @@ class Small {
         });
     }
     T* sum = columns_;
-    for (int c = 0; c < keys_; ++c) {
+    for (int c = 0; c < key_count_; ++c) {
       for (int d = 0; d < padded; d += S::width)
         S::store(sum + d, S::load(grad_keys_ + d / lanes<T> * lanes<T> * padded_keys + c * lanes<T> + d % lanes<T>));
       for (int r = 0; !finite && r < count_; ++r)
@@ -236,10 +226,10 @@ class Small {
 
   // ---------------------------------------------------------------- the products
 
-  // out[row][panel] (+)= a * b over `depth`, for `height` rows: a's rows and depth lie as the strides say, b is a
-  // panel.
+  // out[row][panel] (+)= a * b over `depth`, for `height` rows (the last tile's may be past what there is: then they
+  // are made of undefined numbers, and nobody looks at them): a's rows and depth lie as the strides say, b is a panel.
   template <int registers, int height, bool add>
-  MMCA_INLINE static void tile(int depth, const T* a, std::ptrdiff_t depth_stride, std::ptrdiff_t row_stride_,
+  MMCA_INLINE static void tile(int depth, const T* a, std::ptrdiff_t depth_stride, std::ptrdiff_t row_stride,
                                const T* b, T* out) {
     Reg sum[height][registers];
 #pragma GCC unroll 12
@@ -254,7 +244,7 @@ class Small {
 #pragma GCC unroll 12
       for (int i = 0; i < height; ++i)
 #pragma GCC unroll 2
-        for (int x = 0; x < registers; ++x) sum[i][x] = S::fma(S::broadcast(a[i * row_stride_]), panel[x], sum[i][x]);
+        for (int x = 0; x < registers; ++x) sum[i][x] = S::fma(S::broadcast(a[i * row_stride]), panel[x], sum[i][x]);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < height; ++i)
@@ -271,11 +261,11 @@ class Small {
     constexpr int size = registers * S::width;
     for (int i = 0; i < count; i += tile_rows<T>)
       with_tile_height<T>(std::min(tile_rows<T>, count - i), [&](auto height) {
-        tile<registers, height.value, false>(std::min(depth, depth_run), a + i * row_stride, 1, row_stride, panel,
+        tile<registers, height.value, false>(std::min(depth, depth_run), a + i * copy_stride, 1, copy_stride, panel,
                                              out + i * size);
         for (int done = depth_run; done < depth; done += depth_run)
-          tile<registers, height.value, true>(std::min(depth - done, depth_run), a + i * row_stride + done, 1,
-                                              row_stride, panel + done * size, out + i * size);
+          tile<registers, height.value, true>(std::min(depth - done, depth_run), a + i * copy_stride + done, 1,
+                                              copy_stride, panel + done * size, out + i * size);
       });
   }
 
@@ -284,7 +274,7 @@ class Small {
   MMCA_NOINLINE static void columns_times_panel(int count, int keys, const T* a, const T* panel, T* out) {
     for (int i = 0; i < count; i += tile_rows<T>)
       with_tile_height<T>(std::min(tile_rows<T>, count - i), [&](auto height) {
-        tile<registers, height.value, false>(keys, a + i, row_stride, 1, panel, out + i * registers * S::width);
+        tile<registers, height.value, false>(keys, a + i, copy_stride, 1, panel, out + i * registers * S::width);
       });
   }
 
@@ -310,7 +300,7 @@ class Small {
   template <int registers>
   void softmax(int first, int n, T* weights) {
     pack_panel(first, n, head_dim_, scale_.query_factor, [&](Row row, T* buffer) { return query(row, buffer); });
-    rows_times_panel<registers>(keys_, head_dim_, keys_as_they_are_, columns_, weights);
+    rows_times_panel<registers>(key_count_, head_dim_, keys_as_they_are_, columns_, weights);
     find_ranges(first, n);
     hide<registers>(weights, -infinity<T>);
     constexpr int size = registers * S::width, group = 4 / registers;
@@ -318,7 +308,7 @@ class Small {
     Reg best[registers], m[registers], l[registers], divisor[registers];
 #pragma GCC unroll 2
     for (int x = 0; x < registers; ++x) best[x] = S::broadcast(-infinity<T>), l[x] = S::zero();
-    for (int c = 0; c < keys_; ++c)
+    for (int c = 0; c < key_count_; ++c)
 #pragma GCC unroll 2
       for (int x = 0; x < registers; ++x) best[x] = S::max(best[x], S::load(weights + c * size + x * S::width));
 #pragma GCC unroll 2
@@ -340,14 +330,14 @@ class Small {
         l[u % registers] = S::add(l[u % registers], p[u]);
       }
     };
-    for (; c + group <= keys_; c += group) exponentiate(std::integral_constant<int, 4>{});
-    for (; c < keys_; ++c) exponentiate(std::integral_constant<int, registers>{});
+    for (; c + group <= key_count_; c += group) exponentiate(std::integral_constant<int, 4>{});
+    for (; c < key_count_; ++c) exponentiate(std::integral_constant<int, registers>{});
 #pragma GCC unroll 2
     for (int x = 0; x < registers; ++x) {
       S::store(sum_ + x * S::width, l[x]);
       divisor[x] = S::select_less(S::zero(), l[x], l[x], S::broadcast(T(1)));
     }
-    for (c = 0; c < keys_; ++c)
+    for (c = 0; c < key_count_; ++c)
 #pragma GCC unroll 2
       for (int x = 0; x < registers; ++x) {
         T* p = weights + c * size + x * S::width;
@@ -360,7 +350,7 @@ class Small {
     auto entry = rows_.walk(first);
     for (int r = 0; r < n; ++r, entry.next()) {
       const Range range = entry.range(0);
-      all_visible_ &= range.begin <= 0 && range.end >= keys_;
+      all_visible_ &= range.begin <= 0 && range.end >= key_count_;
       begin_[r] = static_cast<T>(range.begin), end_[r] = static_cast<T>(range.end);
     }
     for (int r = n; r < panel_; ++r) begin_[r] = end_[r] = T(0);
@@ -371,7 +361,7 @@ class Small {
   void hide(T* pairs, T replacement) const {
     if (all_visible_) return;
     const Reg hidden = S::broadcast(replacement);
-    for (int c = 0; c < keys_; ++c)
+    for (int c = 0; c < key_count_; ++c)
       for (int x = 0; x < registers; ++x) {
         T* pair = pairs + (c * registers + x) * S::width;
         const Reg key = S::broadcast(static_cast<T>(c));
@@ -398,17 +388,11 @@ class Small {
     for (int i = 0; i < count; i += S::width) S::store(numbers + i, S::mul(S::load(numbers + i), f));
   }
 
-  static bool all_finite(const T* numbers, int count) {  // a multiple of the width
-    Reg finite = S::zero();
-    for (int i = 0; i < count; i += S::width) finite = S::fma(S::load(numbers + i), S::zero(), finite);
-    return is_finite(S::reduce_add(finite));
-  }
-
   const Problem& problem_;
   const RowList& rows_;
   const KeyList& list_;
   const ExponentScale<T> scale_;
-  const int count_, keys_, head_dim_, value_dim_, padded_head_dim_, padded_value_dim_;
+  const int count_, key_count_, head_dim_, value_dim_, padded_head_dim_, padded_value_dim_;
   const int registers_, panel_;  // of a panel of rows
   bool all_visible_ = true;      // in the panel at hand
   T *keys_as_they_are_, *values_as_they_are_, *finite_keys_, *finite_values_;

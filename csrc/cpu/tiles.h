@@ -1,4 +1,4 @@
-// The three register tiles every matrix product here is made of; included inside the namespace of an instruction set.
+// The three register tiles every blocked product is made of; included inside the namespace of an instruction set.
 //
 //     C (rows x lanes) (+)= A (rows x depth) * B (depth x lanes)        lanes = 2 registers
 //

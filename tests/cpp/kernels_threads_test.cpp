@@ -29,6 +29,13 @@ Choices decoding() {  // few rows a head, many heads
   return c;
 }
 
+Choices small_heads() {  // cpu/small.h: many heads, each its own keys
+  Choices c;
+  c.batch = 40, c.kv_heads = 4, c.heads_per_kv = 2, c.q_len = 11, c.k_len = 30, c.head_dim = 33, c.value_dim = 40;
+  c.scale = 0.2, c.pad = 0.3, c.grad_lse = true, c.seed = 5;
+  return c;
+}
+
 // A bias gradient that is shared along some dimensions, by several ranges of keys, heads and batches.
 Choices shared_bias(bool batch, bool head, bool row) {
   Choices c;
@@ -73,6 +80,10 @@ TEST_P(KernelThreads, AttentionHasTheSameBits) {
 TEST_P(KernelThreads, MmcaHasTheSameBits) {
   MMCA_SKIP_REFUSED(*GetParam());
   expect_same_bits(*GetParam(), mmca());
+}
+TEST_P(KernelThreads, SmallHeadsHaveTheSameBits) {
+  MMCA_SKIP_REFUSED(*GetParam());
+  expect_same_bits(*GetParam(), small_heads());
 }
 TEST_P(KernelThreads, DecodingHasTheSameBits) {
   MMCA_SKIP_REFUSED(*GetParam());

@@ -14,8 +14,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = (torch.float64, torch.float32)
 ROWS = ("self", "block", "causal", "self+text")
 MERGES = ("sum", "lse", "gate", "none")
-# Query and key lengths. The kernels take few rows another way, and one block of keys another way than several.
-SIZES = {"few rows": (4, 40), "one tile": (40, 50), "many tiles": (210, 400)}
+# Query and key lengths. The kernels take few rows and, without masks, biases and dropout, small heads another way, and
+# one block of keys another way than several.
+SIZES = {"few rows": (4, 70), "small": (20, 34), "one tile": (40, 50), "many tiles": (210, 400)}
 NAN, BAD = math.nan, (math.nan, math.inf, -math.inf)
 TENSORS = ("query", "key", "value", "attn_mask", "gate")  # that may have a gradient
 
