@@ -58,8 +58,9 @@ const std::vector<Kernel>& kernel_table() {
    &cpu::isa::operation##_##dtype},
 #define MMCA_SCALAR_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, scalar, 0)
 #define MMCA_AVX2_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
-// Two AVX2 registers of keys fill half a tile of AVX-512; small heads (cpu/small.h) of so few keys differ little.
-#define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 64 / sizeof(T) + 1)
+// One AVX2 register of keys would leave most of a tile of AVX-512 empty. Measured: where small heads (cpu/small.h) gain
+// a tenth or more from the wider registers, tiles of few keys lose a twentieth.
+#define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 32 / sizeof(T) + 1)
 #define MMCA_NEON_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, neon, 0)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
