@@ -107,8 +107,8 @@ KERNELS = [
         "forward: maximum of a row that sees nothing",
         [EMPTY],
         FORWARD,
-        "const T maximum = best == -infinity<T> ? T(0) : best;",
-        "const T maximum = best;",
+        "maximum[r] = best == -infinity<T> ? T(0) : best;",
+        "maximum[r] = best;",
     ),
     Mutant(
         "forward: divisor of a row that sees nothing",
