@@ -144,6 +144,40 @@ def test_the_future_does_not_change_the_past(size, bad, dtype):
     assert "inferred_out" not in actual or not actual["inferred_out"][:, :, -1].isfinite().any()
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bad", BAD)
+def test_what_a_row_sees_reaches_it(size, bad, dtype):
+    """A value reaches the rows that see its key, a gradient of out the keys that its row sees, also with weight 0."""
+    query, key, value = qkv(*SIZES[size], dtype=dtype)
+    rows = query.shape[2]
+    expected = results_of(query, key, value, is_causal=True)
+    value[:, :, -1] = bad
+    actual = results_of(query, key, value, is_causal=True)
+    assert not actual["out"][:, :, -1].isfinite().any()
+    assert same_bits(actual["out"][:, :, :-1], expected["out"][:, :, :-1])
+
+    query, key, value = qkv(*SIZES[size], dtype=dtype)
+    grads = [randn(*expected["out"].shape, seed=4, dtype=dtype), torch.zeros_like(expected["lse"])]
+    grads[0][:, :, 0] = bad
+    actual = everything(Problem(query=query, key=key, value=value, is_causal=True), grads)
+    seen = key.shape[2] - rows + 1  # keys of the first row
+    assert not actual["d_value"][:, :, :seen].isfinite().any()
+    assert actual["d_value"][:, :, seen:].isfinite().all()
+
+    query, key, value = qkv(*SIZES[size], dtype=dtype)
+    query[:, :, 0] = bad
+    actual = results_of(query, key, value, is_causal=True)
+    assert not actual["d_value"][:, :, :seen].isfinite().any()
+    assert actual["d_value"][:, :, seen:].isfinite().all() and actual["d_key"][:, :, seen:].isfinite().all()
+
+    query, key, value = qkv(*SIZES[size], dtype=dtype)
+    query[..., 0] = query[..., 0].abs() + 1
+    key[:, :, -1, 0] = -math.inf  # a score of -inf: the weight is 0, and 0 * inf in the row's gradient
+    actual = results_of(query, key, value, is_causal=True)
+    assert actual["out"].isfinite().all()
+    assert not actual["d_query"][:, :, -1, 0].isfinite().any() and actual["d_query"][:, :, :-1].isfinite().all()
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("bad", BAD)
