@@ -151,7 +151,7 @@ KERNELS = [
         "small: divisor of a row that sees nothing",
         [EMPTY],
         SMALL,
-        "S::select_less(S::zero(), l[x], l[x], S::broadcast(T(1)))",
+        "S::select_less(l[x], S::broadcast(T(0.5)), S::broadcast(T(1)), l[x])",
         "l[x]",
     ),
     Mutant(

@@ -335,7 +335,8 @@ class Small {
 #pragma GCC unroll 2
     for (int x = 0; x < registers; ++x) {
       S::store(sum_ + x * S::width, l[x]);
-      divisor[x] = S::select_less(S::zero(), l[x], l[x], S::broadcast(T(1)));
+      // l is 0, at least 1 (the maximum's weight), or NaN, which stays.
+      divisor[x] = S::select_less(l[x], S::broadcast(T(0.5)), S::broadcast(T(1)), l[x]);
     }
     for (c = 0; c < key_count_; ++c)
 #pragma GCC unroll 2
