@@ -15,19 +15,18 @@ struct Philox {
 };
 
 // One counter's four words.
-inline void philox(std::uint64_t seed, const std::uint32_t (&counter)[4], std::uint32_t (&word)[4]) {
-  std::uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]};
-  std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
+constexpr void philox(std::uint64_t seed, const std::uint32_t (&counter)[4], std::uint32_t (&word)[4]) {
+  constexpr std::uint32_t multiplier0 = Philox::multiplier[0], multiplier1 = Philox::multiplier[1];
+  constexpr std::uint32_t weyl0 = Philox::weyl[0], weyl1 = Philox::weyl[1];
+  std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
   for (int round = 0; round < Philox::rounds; ++round) {
-    const std::uint64_t p0 = std::uint64_t{Philox::multiplier[0]} * c[0],
-                        p1 = std::uint64_t{Philox::multiplier[1]} * c[2];
-    const std::uint32_t next[4] = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ key[0], static_cast<std::uint32_t>(p1),
-                                   static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ key[1],
-                                   static_cast<std::uint32_t>(p0)};
-    for (int i = 0; i < 4; ++i) c[i] = next[i];
-    for (int i = 0; i < 2; ++i) key[i] += Philox::weyl[i];
+    const std::uint64_t p0 = std::uint64_t{multiplier0} * c0, p1 = std::uint64_t{multiplier1} * c2;
+    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ key0, c1 = static_cast<std::uint32_t>(p1);
+    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ key1, c3 = static_cast<std::uint32_t>(p0);
+    key0 += weyl0, key1 += weyl1;
   }
-  for (int i = 0; i < 4; ++i) word[i] = c[i];
+  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
 }
 
 }  // namespace mmca

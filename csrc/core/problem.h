@@ -19,9 +19,7 @@ namespace mmca {
 
 enum class DType : std::uint8_t { f32, f64, bf16, f16 };  // arithmetic: double for f64, float for all others
 
-inline constexpr std::int64_t element_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+constexpr std::int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // How the groups' outputs become one: sum of O_r, the joint softmax, a weighted sum, or left apart.
 enum class Merge : std::uint8_t { sum, lse, gate, none };
@@ -37,7 +35,7 @@ struct Strided {
   Pointer data = nullptr;
   std::int64_t batch = 0, head = 0, row = 0, feature = 0, group = 0;
 
-  std::int64_t offset(std::int64_t h, std::int64_t r) const { return h * head + r * row; }
+  constexpr std::int64_t offset(std::int64_t h, std::int64_t r) const { return h * head + r * row; }
 };
 using Input = Strided<const void*>;
 using Output = Strided<void*>;
@@ -48,7 +46,9 @@ struct RowStatistic {
   Pointer data = nullptr;
   std::int64_t group = 0, batch = 0, head = 0, row = 0;
 
-  std::int64_t offset(std::int64_t g, std::int64_t h, std::int64_t i) const { return g * group + h * head + i * row; }
+  constexpr std::int64_t offset(std::int64_t g, std::int64_t h, std::int64_t i) const {
+    return g * group + h * head + i * row;
+  }
 };
 
 // Weights are kept iff their 16-bit Philox lane is >= threshold, and then scaled by 65536 / (65536 - threshold).
@@ -89,6 +89,8 @@ struct Problem {
 
   Dropout dropout;
 
+  bool deterministic = false;  // the same bits in every run, also where that is slower (CUDA; the CPU always is)
+
   // Inputs, and the forward's results (read again by the backward). `value`'s feature count is value_dim.
   Input query, key, value;
   Output out;                     // (batch, q_heads, q_len, value_dim); Merge::none: (groups, ...)
@@ -106,12 +108,12 @@ struct Problem {
   Output grad_bias;               // accumulation type, added to: stride 0 where bias is broadcast; null: not wanted
   RowStatistic<void*> grad_gate;  // null: not wanted
 
-  int groups() const { return is_mmca ? 2 : 1; }
-  bool joint() const { return !is_mmca || merge == Merge::lse; }  // one softmax normalises all groups
-  bool keeps_group_out() const { return is_mmca && (merge == Merge::sum || merge == Merge::gate); }
-  bool shapes_scores() const { return softcap > 0 || bias.data; }  // s is more than a scaled product
-  std::int64_t heads_per_kv() const { return q_heads / kv_heads; }
-  std::int64_t row_shift() const { return k_len - q_len; }  // position of row 0
+  constexpr int groups() const { return is_mmca ? 2 : 1; }
+  constexpr bool joint() const { return !is_mmca || merge == Merge::lse; }  // one softmax normalises all groups
+  constexpr bool keeps_group_out() const { return is_mmca && (merge == Merge::sum || merge == Merge::gate); }
+  constexpr bool shapes_scores() const { return softcap > 0 || bias.data; }  // s is more than a scaled product
+  constexpr std::int64_t heads_per_kv() const { return q_heads / kv_heads; }
+  constexpr std::int64_t row_shift() const { return k_len - q_len; }  // position of row 0
 };
 
 }  // namespace mmca

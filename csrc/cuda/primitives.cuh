@@ -1,9 +1,9 @@
 // Device primitives: the only file with PTX, intrinsics and launches. Kernels use these names and nothing below them,
 // so that the same kernels run under tests/emulation, which has a file of this name with the same functions in C++.
 //
-// What a kernel must keep to for that: shared memory is dynamic and reached through `smem_t` addresses; global memory is
-// read and written through ld_global, st_global, atomic_add and cp_async; whole warps take part in every collective; no
-// waiting on memory that another block writes.
+// What a kernel must keep to for that: shared memory is dynamic and reached through `smem_t` addresses; global memory
+// is read and written through ld_global, st_global, atomic_add and cp_async; whole warps take part in every collective;
+// no waiting on memory that another block writes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -145,10 +145,9 @@ PRIM void mma_m16n8k16<BFloat16>(float (&d)[4], const std::uint32_t (&a)[4], std
 }
 template <>
 PRIM void mma_m16n8k16<Float16>(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- synchronisation and arithmetic ------------------------------------------------------------------------------
@@ -171,7 +170,6 @@ PRIM float exp2_approx(float x) {  // 2 ulp; -inf gives 0, results below 2^-126 
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-PRIM std::uint32_t multiply_high(std::uint32_t x, std::uint32_t y) { return __umulhi(x, y); }
 
 // ---- host: device, memory, launch --------------------------------------------------------------------------------
 
@@ -204,8 +202,8 @@ template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, stream_t stream,
            const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
