@@ -73,7 +73,9 @@ class Memory final : public Workspace {
     return static_cast<const T*>(p);
   }
   template <class T>
-  const T* contents(std::size_t block) const { return reinterpret_cast<const T*>(blocks_[block].data()); }
+  const T* contents(std::size_t block) const {
+    return reinterpret_cast<const T*>(blocks_[block].data());
+  }
   std::size_t size() const { return blocks_.size(); }
 
  private:
@@ -114,32 +116,44 @@ void expect(bool condition, const Text& text) {
   if (!condition) throw std::runtime_error(text());
 }
 
+// The problem's plan as kernels see it.
+struct View {
+  Memory memory;
+  std::int64_t q_tokens, k_tokens;
+  const EntryView* entries;
+  const KeyView* keys;
+
+  explicit View(Problem problem) {
+    const std::int64_t copies = problem.q_offsets ? 1 : problem.batch;
+    q_tokens = copies * problem.q_len, k_tokens = copies * problem.k_len;
+    problem.key_mask = memory.given(problem.key_mask, k_tokens, "key_mask");
+    problem.modality = memory.given(problem.modality, k_tokens, "modality");
+    problem.image_id = memory.given(problem.image_id, k_tokens, "image_id");
+    problem.q_offsets = memory.given(problem.q_offsets, problem.batch + 1, "q_offsets");
+    problem.k_offsets = memory.given(problem.k_offsets, problem.batch + 1, "k_offsets");
+    const Device device{90, 4};
+    const DevicePlan plan = make_plan(problem, memory, nullptr, device);
+    Views views;
+    const std::size_t first = memory.size();
+    views.entries = memory.zeros<EntryView>(q_tokens, "entries");
+    views.keys = memory.zeros<KeyView>(2 * k_tokens, "keys");
+    const std::int64_t q_tiles = tile_count(problem, plan, view_threads, false);
+    const std::int64_t k_tiles = tile_count(problem, plan, view_threads, true);
+    Launch{problem, plan, memory, nullptr, device}(&view_kernel, q_tiles + 2 * k_tiles, view_threads, 0, problem, plan,
+                                                   views, q_tiles, k_tiles, k_tokens);
+    entries = memory.contents<EntryView>(first);
+    keys = memory.contents<KeyView>(first + 1);
+  }
+};
+
 void compare(const test::Choices& choices) {
   const test::Case<float> made(choices);
-  Problem problem = made.problem;
-  const std::int64_t copies = problem.q_offsets ? 1 : problem.batch;
-  const std::int64_t q_tokens = copies * problem.q_len, k_tokens = copies * problem.k_len;
+  const Problem& problem = made.problem;
   const mmca::Plan expected = mmca::make_plan(problem);
-
-  Memory memory;
-  problem.key_mask = memory.given(problem.key_mask, k_tokens, "key_mask");
-  problem.modality = memory.given(problem.modality, k_tokens, "modality");
-  problem.image_id = memory.given(problem.image_id, k_tokens, "image_id");
-  problem.q_offsets = memory.given(problem.q_offsets, problem.batch + 1, "q_offsets");
-  problem.k_offsets = memory.given(problem.k_offsets, problem.batch + 1, "k_offsets");
-  const Device device{90, 4};
-  const DevicePlan plan = make_plan(problem, memory, nullptr, device);
-  Views views;
-  const std::size_t first = memory.size();
-  views.entries = memory.zeros<EntryView>(q_tokens, "entries");
-  views.keys = memory.zeros<KeyView>(2 * k_tokens, "keys");
-  const std::int64_t q_tiles = tile_count(problem, plan, view_threads, false);
-  const std::int64_t k_tiles = tile_count(problem, plan, view_threads, true);
-  Launch{problem, plan, memory, nullptr, device}(&view_kernel, q_tiles + 2 * k_tiles, view_threads, 0, problem, plan,
-                                                 views, q_tiles, k_tiles, k_tokens);
-  const EntryView* entries = memory.contents<EntryView>(first);
-  const KeyView* keys = memory.contents<KeyView>(first + 1);
-
+  const View device(problem);
+  const auto [q_tokens, k_tokens] = std::pair{device.q_tokens, device.k_tokens};
+  const EntryView* entries = device.entries;
+  const KeyView* keys = device.keys;
   for (std::int64_t b = 0; b < expected.batch; ++b) {
     const SequencePlan& s = expected.of(b);
     const bool packed = problem.q_offsets;
@@ -177,17 +191,48 @@ void compare(const test::Choices& choices) {
   }
 }
 
+// Whatever cu_seqlens and modality hold, every row is some tile's, and no range leaves its list. The emulation sees to
+// it that nothing outside the arrays is touched.
+void survive(const test::Choices& choices) {
+  const test::Case<float> made(choices);
+  test::Random random(choices.seed);
+  Problem problem = made.problem;
+  const auto nonsense = [&] {
+    return random.chance(0.2) ? static_cast<std::int64_t>(random.bits())
+                              : random.integer(-50, static_cast<int>(problem.q_len) + 50);
+  };
+  std::vector<std::int64_t> q_offsets, k_offsets;
+  for (std::int64_t b = 0; b <= problem.batch; ++b) q_offsets.push_back(nonsense()), k_offsets.push_back(nonsense());
+  if (problem.q_offsets) problem.q_offsets = q_offsets.data(), problem.k_offsets = k_offsets.data();
+  std::vector<std::int32_t> modality, image_id;
+  const std::int64_t tokens = (problem.q_offsets ? 1 : problem.batch) * problem.k_len;
+  for (std::int64_t j = 0; j < tokens; ++j)
+    modality.push_back(static_cast<std::int32_t>(nonsense())),
+        image_id.push_back(static_cast<std::int32_t>(nonsense()));
+  if (problem.is_mmca) problem.modality = modality.data();
+  if (problem.image_id) problem.image_id = image_id.data();
+  const View device(problem);
+  for (std::int64_t i = 0; i < device.q_tokens; ++i) {
+    const EntryView& view = device.entries[i];
+    const auto where = [=] { return "entry " + std::to_string(i); };
+    expect(view.seen && view.row >= 0 && view.row < problem.q_len, where);
+    for (const Interval& seen : view.range)
+      expect(seen.begin >= seen.end || (seen.begin >= 0 && seen.end <= problem.k_len), where);
+  }
+}
+
 }  // namespace
 }  // namespace mmca::cuda
 
-// Compares `count` random problems from `seed` on; null, or what differs (valid until the next call).
-extern "C" const char* plan_check(std::uint64_t seed, int count) {
+// Checks `count` random problems from `seed` on, with nonsense in their index tensors or without; null, or what is
+// wrong (valid until the next call).
+extern "C" const char* plan_check(std::uint64_t seed, int count, bool nonsense) {
   static std::string text;
   for (int i = 0; i < count; ++i) {
     mmca::test::Random random(seed + static_cast<std::uint64_t>(i));
     const mmca::test::Choices choices = mmca::cuda::random_choices(random);
     try {
-      mmca::cuda::compare(choices);
+      nonsense ? mmca::cuda::survive(choices) : mmca::cuda::compare(choices);
     } catch (const std::exception& error) {
       std::ostringstream out;
       out << "seed " << seed + static_cast<std::uint64_t>(i) << ": " << choices.text() << ": " << error.what();
