@@ -1,0 +1,226 @@
+// Tiles of 16-bit numbers in shared memory, and products of them on the tensor cores. Shared by the kernels of sm80/.
+//
+// A tile is rows of D numbers, D = 64, 128 or 256, in chunks of 8 (16 bytes). Chunk c of row r lies at
+//
+//     tile + 2 D r + 16 (c ^ (r % 8))
+//
+// so that 8 rows of one chunk (ldmatrix) and 8 neighbouring chunks of one row (copies) both touch every bank once.
+// Tiles begin at multiples of 128 bytes, parts of them at multiples of 8 rows.
+//
+// Fragments are those of mma.m16n8k16 (primitives.cuh): an m16 x n8 accumulator is float[4]; with g = lane / 4 and
+// t = lane % 4 it holds rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t, 2t + 1.
+#pragma once
+
+#include "cuda/rows.cuh"
+
+namespace mmca::cuda::sm80 {
+
+using prim::smem_t;
+
+constexpr int warp_size = 32;
+
+PRIM int lane_of_thread() { return static_cast<int>(threadIdx.x) % warp_size; }
+PRIM int warp_of_thread() { return static_cast<int>(threadIdx.x) / warp_size; }
+
+template <int D>
+PRIM constexpr int row_bytes() {
+  return 2 * D;
+}
+template <int D>
+PRIM constexpr smem_t chunk_address(smem_t tile, int row, int chunk) {
+  return tile + static_cast<smem_t>(row * row_bytes<D>() + ((chunk ^ (row & 7)) << 4));
+}
+
+// ---- from global memory ----------------------------------------------------------------------------------------
+
+// Rows of one head of one sequence: row p is at data + p * stride. Chunks that hold features are read, the last one
+// whole (rows are padded to 8 numbers), chunks beyond are zeros in the tile.
+struct RowSource {
+  const unsigned char* data;
+  std::int64_t stride;  // bytes
+  std::int32_t chunks;
+};
+PRIM RowSource row_source(const Input& x, const Sequence& sequence, std::int64_t begin, std::int64_t head,
+                          std::int64_t features) {
+  return {static_cast<const unsigned char*>(x.data) + 2 * row_offset(x, sequence, begin, head, 0), 2 * x.row,
+          static_cast<std::int32_t>((features + 7) / 8)};
+}
+
+// Begins to copy Rows rows (at most 32) into `part`, which is theirs in a tile; a warp's work. Lane r < Rows names row
+// r of them: its row in the source, or a negative number for a row of zeros.
+template <int D, int Rows>
+PRIM void copy_rows(smem_t part, const RowSource& source, std::int32_t row_of_lane) {
+  constexpr int chunks = D / 8, rows_at_once = warp_size / chunks;
+  static_assert(Rows <= warp_size && Rows % rows_at_once == 0);
+  const int lane = lane_of_thread(), chunk = lane % chunks;
+#pragma unroll
+  for (int r = 0; r < Rows; r += rows_at_once) {
+    const int row = r + lane / chunks;
+    const std::int32_t from = prim::shfl(row_of_lane, row);
+    const bool valid = from >= 0 && chunk < source.chunks;
+    prim::cp_async<16>(chunk_address<D>(part, row, chunk),
+                       source.data + (valid ? from * source.stride + 16 * chunk : 0), valid);
+  }
+}
+
+// The same for rows first, first + 1, ...; zeros for those outside [begin, end).
+template <int D, int Rows>
+PRIM void copy_rows(smem_t part, const RowSource& source, std::int32_t first, Interval inside) {
+  constexpr int chunks = D / 8, rows_at_once = warp_size / chunks;
+  static_assert(Rows % rows_at_once == 0);
+  const int lane = lane_of_thread(), chunk = lane % chunks;
+  const unsigned char* from = source.data + (first + lane / chunks) * source.stride + 16 * chunk;
+#pragma unroll
+  for (int r = 0; r < Rows; r += rows_at_once) {
+    const int row = r + lane / chunks;
+    const bool valid = first + row >= inside.begin && first + row < inside.end && chunk < source.chunks;
+    prim::cp_async<16>(chunk_address<D>(part, row, chunk), valid ? from : source.data, valid);
+    from += rows_at_once * source.stride;
+  }
+}
+
+// Entries `first` .. first + Rows - 1 of a list of keys, whichever way it is stored; zeros for those outside of
+// `inside`. `row_of_lane`: list_rows<Rows>(positions, first, inside), worth having early; ignored without positions.
+template <int Rows>
+PRIM std::int32_t list_rows(const std::int32_t* positions, std::int32_t first, Interval inside) {
+  const std::int32_t c = first + lane_of_thread();
+  if (!positions || lane_of_thread() >= Rows || c < inside.begin || c >= inside.end) return -1;
+  return ld_global(positions + c);
+}
+template <int D, int Rows>
+PRIM void copy_list_rows(smem_t part, const RowSource& source, const std::int32_t* positions, std::int32_t row_of_lane,
+                         std::int32_t first, Interval inside) {
+  if (positions) copy_rows<D, Rows>(part, source, row_of_lane);
+  else copy_rows<D, Rows>(part, source, first, inside);
+}
+
+// ---- fragments ---------------------------------------------------------------------------------------------------
+
+// A lane's place in the four 8 x 8 matrices of an ldmatrix_x4, for any 16 rows x 2 chunks of a tile (rows a multiple of
+// 8, the first chunk even). Adding a multiple of 128 to `lane` moves to another tile.
+template <int D>
+struct LanePlace {
+  smem_t lane;
+
+  PRIM smem_t operator()(int row, int chunk) const {
+    return (lane ^ static_cast<smem_t>((chunk & 7) << 4)) +
+           static_cast<smem_t>(row * row_bytes<D>() + (chunk >> 3) * 128);
+  }
+  PRIM LanePlace at(smem_t offset) const { return {lane + offset}; }
+};
+// Matrices in the order (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1).
+template <int D>
+PRIM LanePlace<D> rows_first(smem_t tile) {
+  const int lane = lane_of_thread();
+  return {chunk_address<D>(tile, lane % 16, lane / 16)};
+}
+// Matrices in the order (rows 0-7, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 0), (rows 8-15, chunk 1).
+template <int D>
+PRIM LanePlace<D> chunks_first(smem_t tile) {
+  const int lane = lane_of_thread();
+  return {chunk_address<D>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2)};
+}
+
+// What of a tile is which operand of d (m x n) += a (m x k) b (k x n):
+//   a, tile rows are m: load_a(rows_first, m, k / 8)          a, tile rows are k: load_a_trans(chunks_first, k, m / 8)
+//   b, tile rows are n: load_b(chunks_first, n, k / 8)        b, tile rows are k: load_b_trans(rows_first, k, n / 8)
+// Each loads 16 x 16; b[0], b[1] are the fragment of the first 8 columns n, b[2], b[3] of the others.
+template <int D>
+PRIM void load_a(std::uint32_t (&a)[4], LanePlace<D> place, int row, int chunk) {
+  prim::ldmatrix_x4(a, place(row, chunk));
+}
+template <int D>
+PRIM void load_a_trans(std::uint32_t (&a)[4], LanePlace<D> place, int row, int chunk) {
+  prim::ldmatrix_x4_trans(a, place(row, chunk));
+}
+template <int D>
+PRIM void load_b(std::uint32_t (&b)[4], LanePlace<D> place, int row, int chunk) {
+  prim::ldmatrix_x4(b, place(row, chunk));
+}
+template <int D>
+PRIM void load_b_trans(std::uint32_t (&b)[4], LanePlace<D> place, int row, int chunk) {
+  prim::ldmatrix_x4_trans(b, place(row, chunk));
+}
+
+// Two neighbouring n8 accumulators, rounded, as the a of a product over their 16 columns.
+template <class T>
+PRIM void pack_a(std::uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = prim::pack2<T>(left[0], left[1]), a[1] = prim::pack2<T>(left[2], left[3]);
+  a[2] = prim::pack2<T>(right[0], right[1]), a[3] = prim::pack2<T>(right[2], right[3]);
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+template <int M, int N>
+using Accumulator = float[M][N][4];  // M m16 x N n8
+
+template <int M, int N>
+PRIM void clear(Accumulator<M, N>& d) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[m][n][e] = 0.0f;
+}
+
+// d += x y^T, summed over the D features: M m16 rows of x from its lane's place on, N n8 rows of y.
+template <class T, int D, int M, int N>
+PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, LanePlace<D> y_chunks_first) {
+#pragma unroll
+  for (int chunk = 0; chunk < D / 8; chunk += 2) {
+    std::uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) load_a(a[m], x_rows_first, 16 * m, chunk);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      std::uint32_t b[4];
+      load_b(b, y_chunks_first, 8 * n, chunk);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
+        prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// d += p y: p an accumulator of K n8 columns, rounded to T; y has 8 K rows, of which columns 0 .. 8 N - 1 are taken.
+template <class T, int D, int M, int N, int K>
+PRIM void multiply_rounded(Accumulator<M, N>& d, const Accumulator<M, K>& p, LanePlace<D> y_rows_first) {
+#pragma unroll
+  for (int k = 0; k < K; k += 2) {
+    std::uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) pack_a<T>(a[m], p[m][k], p[m][k + 1]);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      std::uint32_t b[4];
+      load_b_trans(b, y_rows_first, 8 * k, n);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
+        prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// ---- rows of an accumulator ----------------------------------------------------------------------------------------
+
+// Row h (0 or 1) of an m16 accumulator's two rows of a lane, counted in the 16.
+PRIM int fragment_row(int h) { return lane_of_thread() / 4 + 8 * h; }
+// The first of a lane's two columns of an n8 accumulator.
+PRIM int fragment_column() { return lane_of_thread() % 4 * 2; }
+
+// Over the four lanes that share a row.
+PRIM float quad_sum(float x) {
+  x += prim::shfl_xor(x, 1);
+  return x + prim::shfl_xor(x, 2);
+}
+PRIM float quad_max(float x) {
+  x = fmaxf(x, prim::shfl_xor(x, 1));
+  return fmaxf(x, prim::shfl_xor(x, 2));
+}
+
+}  // namespace mmca::cuda::sm80
