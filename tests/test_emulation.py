@@ -5,11 +5,13 @@ import ctypes
 import functools
 import math
 import re
+import sys
 import threading
 
 import pytest
 import torch
-from cpp_suites import Unavailable
+from cpp_suites import ROOT, Unavailable, run
+from emulation.mutate import mutants_of
 from emulator import (
     ASCENDING,
     BOUNDS,
@@ -492,3 +494,47 @@ def test_launches_of_several_threads(probes):
     for i, found in enumerate(errors):
         assert (outs[i] == 7).all()
         assert all(failed == (i % 2 == 0) and ("at byte 6400 of out" in text) == failed for failed, text in found)
+
+
+# ---------------------------------------------------------------- taking synchronisations away
+
+KERNEL = """
+PRIM void syncwarp() {}  // not syncthreads();
+void kernel() {
+  prim::syncthreads();
+
+  if (last) cp_async_wait<stages - 2>();
+  else cp_async_commit(); /* syncwarp(); */
+  any = syncthreads_or(x == f(y));
+  text = "syncthreads();";
+  fetch(1, g(2)), other.syncwarp();
+}
+"""
+
+
+def test_mutants():
+    """Where calls are, and what becomes of the text."""
+    changes = {
+        (4, "without prim::syncthreads()"): ("prim::syncthreads()", "((void)0)"),
+        (6, "without cp_async_wait<stages - 2>()"): ("cp_async_wait<stages - 2>()", "((void)0)"),
+        (6, "cp_async_wait<stages - 2>() for one group fewer"): ("<stages - 2>", "<(stages - 2) + 1>"),
+        (7, "without cp_async_commit()"): ("cp_async_commit()", "((void)0)"),
+        (8, "syncthreads_or(x == f(y)) of each thread alone"): ("syncthreads_or(x == f(y))", "(x == f(y))"),
+        (10, "without fetch(1, g(2))"): ("fetch(1, g(2))", "((void)0)"),
+    }
+    found = {(m.number, m.what): m for m in mutants_of("x.cu", KERNEL, ["fetch"])}
+    assert sorted(found) == sorted(changes)
+    assert {key: m.text for key, m in found.items()} == {key: KERNEL.replace(*c) for key, c in changes.items()}
+    assert found[6, "without cp_async_wait<stages - 2>()"].after == "prim::syncthreads();"
+
+
+@pytest.mark.parametrize("command, status", [("code.count('cp_async_commit();') != 2", 0), ("False", 1)])
+def test_mutation_run(command, status):
+    """A command that notices, and one that does not."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("copies what git lists")
+    script = f"import sys; code = open('tests/emulation/probes.cu').read(); sys.exit({command})"
+    options = ["--files", "tests/emulation/probes.cu", "--only", "without cp_async_commit"]
+    done = run(sys.executable, SOURCES / "mutate.py", *options, "--", sys.executable, "-c", script, timeout=300)
+    assert done.returncode == status, done.stdout
+    assert "2 mutants, 2 found, 0 not" in done.stdout or done.stdout.count("SURVIVED") == 2, done.stdout
