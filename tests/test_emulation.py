@@ -471,7 +471,13 @@ def test_device(probes):
     assert list(facts) == [80, 108]
     size = (ctypes.c_uint * 3)(1, 1, 1), (ctypes.c_uint * 3)(32, 1, 1)
     assert probes.library.probe_shape(*size, ctypes.c_size_t(163 * 1024)) == 0
-    assert probes.library.probe_shape(*size, ctypes.c_size_t(163 * 1024 + 1)) != 0
+    refused = probes.library.probe_shape(*size, ctypes.c_size_t(163 * 1024 + 1))
+    probes.device(75, 40)
+    missing = probes.library.probe_shape(*size, ctypes.c_size_t(0))
+    assert refused and missing and "no kernel image" in probes.error()
+    is_missing = probes.library.probe_is_missing_kernel
+    is_missing.restype = ctypes.c_bool
+    assert [is_missing(status) for status in (0, refused, missing)] == [False, False, True]
 
 
 def test_launches_of_several_threads(probes):
