@@ -165,6 +165,12 @@ PRIM void syncthreads() { __syncthreads(); }
 PRIM bool syncthreads_or(bool condition) { return __syncthreads_or(condition); }
 PRIM void syncwarp() { __syncwarp(); }
 
+// x, of which the compiler knows nothing: what is computed from it in a loop is not kept in registers across the loop.
+PRIM std::uint32_t opaque(std::uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 PRIM float exp2_approx(float x) {  // 2 ulp; -inf gives 0, results below 2^-126 are 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

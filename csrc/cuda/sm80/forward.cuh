@@ -29,6 +29,7 @@ namespace mmca::cuda::sm80 {
 // What the kernel needs beside the problem.
 struct ForwardFacts {
   std::int32_t tiles;     // of rows, over all sequences
+  float unit;             // what turns a difference of scores into an exponent of 2; of products: c
   GroupOut group_out;     // of group 0 until the merge, and of both groups where Problem::group_out is wanted
   float2* first_softmax;  // (m, l) of group 0, [query head][query token]: Merge::lse alone
   bool aligned_out;       // see store_out
@@ -60,15 +61,23 @@ PRIM void soften(Accumulator<M, N>& s, RunningSoftmax<M>& softmax, float (&facto
         return prim::exp2_approx(Products ? fmaf(x, unit, shift) : (x - reference) * unit);
       };
       factor[m][h] = weight(softmax.top[m][h]);
-      float even = 0.0f, odd = 0.0f;
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
+      for (int n = 0; n < N; ++n)
         s[m][n][2 * h] = weight(s[m][n][2 * h]), s[m][n][2 * h + 1] = weight(s[m][n][2 * h + 1]);
-        even += s[m][n][2 * h], odd += s[m][n][2 * h + 1];
-      }
-      softmax.sum[m][h] = fmaf(softmax.sum[m][h], factor[m][h], even + odd);
+      softmax.sum[m][h] *= factor[m][h];
       softmax.top[m][h] = top;
     }
+}
+
+// l += the weights of columns 8 n .. 8 n + 15.
+template <int M, int N>
+PRIM void sum_up(RunningSoftmax<M>& softmax, const Accumulator<M, N>& p, int n) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      softmax.sum[m][h] +=
+          p[m][n][2 * h] + p[m][n][2 * h + 1] + (p[m][n + 1][2 * h] + p[m][n + 1][2 * h + 1]);
 }
 
 template <int M>
@@ -80,7 +89,7 @@ PRIM void clear(RunningSoftmax<M>& softmax) {
 }
 
 template <int M, int N>
-PRIM void multiply_rows(Accumulator<M, N>& d, const float (&factor)[M][2]) {
+PRIM void scale_rows(Accumulator<M, N>& d, const float (&factor)[M][2]) {
   bool same = true;
 #pragma unroll
   for (int m = 0; m < M; ++m) same = same && factor[m][0] == 1.0f && factor[m][1] == 1.0f;
@@ -160,7 +169,7 @@ struct ForwardTile {
   using Ring = KeyRing<D, keys, warps, buffers>;
 
   static constexpr smem_t queries = 0, ring = rows * row_bytes<D>(), ranges = ring + Ring::bytes;
-  static constexpr smem_t note = ranges + warps * ranges_bytes<warp_rows>, shared_bytes = note + sizeof(int4);
+  static constexpr smem_t note = ranges + warps * ranges_bytes<warp_rows>, group_note = note + sizeof(int4), shared_bytes = group_note + sizeof(int);
   static_assert(warp_rows <= warp_size && rows % plan_tile == 0);
   static_assert(rows * row_bytes<D>() <= Ring::buffers_bytes, "the output fits into the ring");
 };
@@ -229,7 +238,7 @@ PRIM float dropout_factor(const Problem& problem, const DevicePlan& plan, const 
 template <class T, int D, bool General, int M>
 PRIM void finish_group(const Problem& problem, const DevicePlan& plan, const ForwardFacts& facts,
                        const ForwardBlock& block, int group, int row, Accumulator<M, D / 8>& out,
-                       const RunningSoftmax<M>& softmax, float unit, smem_t staging) {
+                       const RunningSoftmax<M>& softmax, smem_t staging) {
   const Sequence& sequence = block.tile.sequence;
   const std::int64_t head = block.head, value_dim = problem.value_dim;
 
@@ -240,7 +249,8 @@ PRIM void finish_group(const Problem& problem, const DevicePlan& plan, const For
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = quad_sum(softmax.sum[m][h]), top = softmax.top[m][h];
-      if (lane_of_thread() % 4 == 2 * m + h) own = {top == -infinity<float>() ? 0.0f : General ? top : top * unit, sum};
+      if (lane_of_thread() % 4 == 2 * m + h)
+        own = {top == -infinity<float>() ? 0.0f : General ? top : top * facts.unit, sum};
     }
   const bool looks_after = row_looked_after() < 16 * M;
   const std::int32_t own_entry = looks_after ? block.entry(row + row_looked_after()) : -1;
@@ -276,36 +286,35 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (D == 64 && 
   using Shape = ForwardTile<D, General>;
   using Ring = typename Shape::Ring;
   constexpr int M = Shape::m_tiles, keys = Shape::keys;
-  const int warp = warp_of_thread(), row = warp * Shape::warp_rows;
-  const smem_t queries = Shape::queries + row * row_bytes<D>();
-  const smem_t ranges = Shape::ranges + warp * ranges_bytes<Shape::warp_rows>;
+  const auto row = [] { return warp_of_thread() * Shape::warp_rows; };  // the warp's first
+  const auto queries = [&] { return Shape::queries + row() * row_bytes<D>(); };
+  const auto ranges = [] { return Shape::ranges + warp_of_thread() * ranges_bytes<Shape::warp_rows>; };
 
   // What only the ends of a group ask for is kept out of registers.
   if (threadIdx.x == 0) prim::st_shared(Shape::note, note_of_block(problem, plan, facts, Shape::rows));
   prim::syncthreads();
   const auto block = [&] { return noted_block(problem, plan, prim::ld_shared<int4>(Shape::note)); };
   if (block().tile.count <= 0) return;
-  copy_queries<D, Shape::warp_rows>(problem, plan, block(), row, queries);
+  copy_queries<D, Shape::warp_rows>(problem, plan, block(), row(), queries());
 
-  const float scale_log2 = static_cast<float>(problem.scale * log2_e);
-  const float unit = General ? score_unit(problem) : scale_log2;
   const int groups = problem.groups();
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
+    if (threadIdx.x == 0) prim::st_shared(Shape::group_note, group);
     const ForwardBlock here = block();
     const Sequence& sequence = here.tile.sequence;
     const Interval hull = entries_hull(problem, plan, sequence, here.tile.first, here.tile.count, group);
     const std::int64_t kv_head = here.head / problem.heads_per_kv();
-    Ring ring(Shape::ring, warp);
+    Ring ring(Shape::ring);
     ring.start(row_source(problem.key, sequence, sequence.k_begin, kv_head, problem.head_dim),
                row_source(problem.value, sequence, sequence.k_begin, kv_head, problem.value_dim),
                list_positions(plan, sequence, group), hull.begin & ~7 /* a block of Philox */, keys, hull);
-    const std::int32_t entry = lane_of_thread() < Shape::warp_rows ? here.entry(row + lane_of_thread()) : -1;
-    store_ranges<Shape::warp_rows>(problem, plan, sequence, group, entry, ranges);
+    const std::int32_t entry = lane_of_thread() < Shape::warp_rows ? here.entry(row() + lane_of_thread()) : -1;
+    store_ranges<Shape::warp_rows>(problem, plan, sequence, group, entry, ranges());
     PairTerms terms(problem, plan, sequence, group, here.head);  // General kernels'
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      if (General) terms.set_row(problem, plan, sequence, group, h, here.entry(row + fragment_row(h)));
+      if (General) terms.set_row(problem, plan, sequence, group, h, here.entry(row() + fragment_row(h)));
 
     Accumulator<M, D / 8> out;
     RunningSoftmax<M> softmax;
@@ -313,7 +322,7 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (D == 64 && 
 #pragma unroll 1
     for (; ring.entry() < hull.end;) {
       const std::int32_t first = ring.entry();
-      const WarpView view = load_view<Shape::warp_rows>(ranges);
+      const WarpView view = load_view<Shape::warp_rows>(ranges());
       const bool takes_part = first < view.any.end && first + keys > view.any.begin;
       const bool whole = first >= view.all.begin && first + keys <= view.all.end;
       Accumulator<M, keys / 8> s;
@@ -322,7 +331,7 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (D == 64 && 
       const smem_t key_tile = ring.take();
       prim::syncthreads();
       ring.follow_keys(problem);
-      if (takes_part) multiply_transposed<T>(s, rows_first<D>(queries), chunks_first<D>(key_tile));
+      if (takes_part) multiply_transposed<T>(s, rows_first<D>(queries()).fresh(), chunks_first<D>(key_tile).fresh());
 
       const smem_t value_tile = ring.take();
       prim::syncthreads();
@@ -332,19 +341,30 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (D == 64 && 
       float factor[M][2];
       if constexpr (General) {
         terms.shape(s[0], first);
-        soften<false>(s, softmax, factor, unit);
+        soften<false>(s, softmax, factor, facts.unit);
+#pragma unroll
+        for (int n = 0; n < keys / 8; n += 2) sum_up(softmax, s, n);
         terms.drop(s[0], first);
       } else {
-        if (!whole) hide(s, ranges, first);
-        soften<true>(s, softmax, factor, unit);
+        if (!whole) hide(s, ranges(), first);
+        soften<true>(s, softmax, factor, facts.unit);
       }
-      multiply_rows(out, factor);
-      multiply_rounded<T>(out, s, rows_first<D>(value_tile));
+      scale_rows(out, factor);
+      const LanePlace<D> values = rows_first<D>(value_tile).fresh();
+#pragma unroll
+      for (int n = 0; n < keys / 8; n += 2) {
+        if (!General) sum_up(softmax, s, n);  // here, lest the weights outlive their rounding
+        std::uint32_t p[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) pack_a<T>(p[m], s[m][n], s[m][n + 1]);
+        multiply_rows<T>(out, p, values, 8 * n);
+      }
     }
     prim::cp_async_wait<0>();
     prim::syncthreads();  // the ring is free
-    finish_group<T, D, General>(problem, plan, facts, block(), group, row, out, softmax, unit,
-                                Shape::ring + row * row_bytes<D>());
+    group = prim::ld_shared<int>(Shape::group_note);
+    finish_group<T, D, General>(problem, plan, facts, block(), group, row(), out, softmax,
+                                Shape::ring + row() * row_bytes<D>());
     prim::syncthreads();
   }
 }
@@ -381,6 +401,7 @@ void tiled_forward(const Launch& launch) {
   const auto scale_log2 = static_cast<float>(p.scale * log2_e);
   const bool general =
       p.shapes_scores() || p.attn_mask.data || p.dropout.threshold || !(scale_log2 > 0.0f) || std::isinf(scale_log2);
+  facts.unit = !general ? scale_log2 : p.shapes_scores() ? static_cast<float>(log2_e) : 1.0f;
   if (general) start_tiled_forward<T, true>(launch, facts);
   else start_tiled_forward<T, false>(launch, facts);
 }

@@ -17,7 +17,7 @@ class KeyRing {
   static constexpr smem_t buffer_bytes = Rows * row_bytes<D>(), buffers_bytes = Buffers * buffer_bytes;
   static constexpr smem_t bytes = buffers_bytes + 32;
 
-  PRIM KeyRing(smem_t ring, int warp) : ring_(ring), warp_(warp) {}
+  PRIM explicit KeyRing(smem_t ring) : ring_(ring) {}
 
   // Starts with entries first .. first + Rows - 1 of a list, then those `step` further on, while they begin before the
   // end of `inside`; what is outside of it becomes zeros. keys, values: of one KV head. No one may still be reading.
@@ -26,7 +26,7 @@ class KeyRing {
     next_ = first, step_ = step;
     read_ = write_ = ring_;
     row_of_lane_ = find_rows(positions, inside);
-    if (warp_ == 0 && lane_of_thread() == 0) {
+    if (warp() == 0 && lane_of_thread() == 0) {
       prim::st_shared(note(0), keys.data), prim::st_shared(note(1), values.data);
       prim::st_shared(note(2), positions), prim::st_shared(note(3), inside);
     }
@@ -53,17 +53,18 @@ class KeyRing {
   }
 
  private:
+  PRIM static int warp() { return Warps > 1 ? warp_of_thread() : 0; }
   PRIM smem_t note(int i) const { return ring_ + buffers_bytes + 8 * i; }
   PRIM void advance(smem_t& buffer) const {
     buffer += buffer_bytes;
     if (buffer == ring_ + buffers_bytes) buffer = ring_;
   }
   PRIM std::int32_t find_rows(const std::int32_t* positions, Interval inside) const {
-    return list_rows<D, Rows, Warps>(positions, next_, inside, warp_);
+    return list_rows<D, Rows, Warps>(positions, next_, inside, warp());
   }
   PRIM void copy(const RowSource& source, const std::int32_t* positions, Interval inside) {
     if (next_ < inside.end)
-      copy_list_rows<D, Rows, Warps>(write_, source, positions, row_of_lane_, next_, inside, warp_);
+      copy_list_rows<D, Rows, Warps>(write_, source, positions, row_of_lane_, next_, inside, warp());
     prim::cp_async_commit();
     advance(write_);
   }
@@ -83,7 +84,6 @@ class KeyRing {
   }
 
   smem_t ring_, read_, write_;
-  int warp_;
   std::int32_t next_, step_, row_of_lane_;
 };
 

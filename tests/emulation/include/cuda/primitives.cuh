@@ -151,6 +151,8 @@ PRIM void syncwarp(MMCA_HERE) {
   emulation::warp_collective(nothing, at, [](int**) { emulation::begin_warp_interval(); });
 }
 
+PRIM std::uint32_t opaque(std::uint32_t x) { return x; }
+
 PRIM float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
