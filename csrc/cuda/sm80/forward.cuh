@@ -29,10 +29,10 @@ namespace mmca::cuda::sm80 {
 template <int D, bool General>
 struct ForwardTile {
   static constexpr int warps = 4, threads = warps * warp_size;
-  static constexpr int blocks = D == 64 && !General ? 3 : 2;   // of a multiprocessor
   static constexpr int m_tiles = General || D == 256 ? 1 : 2;  // of a warp
   static constexpr int warp_rows = 16 * m_tiles, rows = warps * warp_rows;
   static constexpr int keys = 64, buffers = D == 256 ? 2 : 3;
+  static constexpr bool holds_queries = D == 64 && !General;  // in registers
   using Ring = KeyRing<D, keys, warps, buffers>;
 
   // Shared memory.
@@ -53,6 +53,27 @@ struct ForwardFacts {
   float2* first_softmax;  // (m, l) of group 0, [query head][query token]: Merge::lse alone
   bool aligned_out;       // see store_out
 };
+
+// A warp's queries as fragments.
+template <int D, int M, bool Held>
+struct HeldQueries {
+  std::uint32_t a[D / 16][M][4];
+
+  PRIM void load(smem_t queries) {
+    const LanePlace<D> place = rows_first<D>(queries);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int m = 0; m < M; ++m) load_a(a[k][m], place, 16 * m, 2 * k);
+  }
+  template <class T, int N>
+  PRIM void multiply(Accumulator<M, N>& s, LanePlace<D> keys_chunks_first) const {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) multiply_columns<T>(s, a[k], keys_chunks_first, 2 * k);
+  }
+};
+template <int D, int M>
+struct HeldQueries<D, M, false> {};
 
 // ---- the running softmax -----------------------------------------------------------------------------------------
 
@@ -281,7 +302,7 @@ PRIM void finish_group(const Problem& problem, const DevicePlan& plan, const For
 // ---- the kernel --------------------------------------------------------------------------------------------------
 
 template <class T, int D, bool General>
-__global__ void __launch_bounds__(ForwardTile<D, General>::threads, (ForwardTile<D, General>::blocks))
+__global__ void __launch_bounds__(ForwardTile<D, General>::threads, 2)
     tiled_forward_kernel(const __grid_constant__ Problem problem, const __grid_constant__ DevicePlan plan,
                          const __grid_constant__ ForwardFacts facts) {
   using Shared = ForwardTile<D, General>;
@@ -298,6 +319,7 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (ForwardTile
   const auto queries = [&] { return Shared::queries + row() * row_bytes<D>(); };
   const auto view = [] { return Shared::views + warp_of_thread() * static_cast<smem_t>(sizeof(int4)); };
   copy_queries<D, Shared::warp_rows>(problem, plan, block(), row(), queries());
+  prim::cp_async_commit();
 
 #pragma unroll 1
   for (int group = 0; group < problem.groups(); ++group) {
@@ -317,6 +339,13 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (ForwardTile
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (General) terms.set_row(problem, plan, sequence, group, h, here.entry(row() + fragment_row(h)));
+
+    HeldQueries<D, M, Shared::holds_queries> held;
+    if constexpr (Shared::holds_queries) {
+      prim::cp_async_wait<Shared::buffers - 1>();  // all but the ring's
+      prim::syncwarp();
+      held.load(queries());
+    }
 
     Accumulator<M, D / 8> out;
     RunningSoftmax<M> softmax;
