@@ -107,6 +107,10 @@ struct LanePlace {
            static_cast<smem_t>(row * row_bytes<D>() + (chunk >> 3) * 128);
   }
   PRIM LanePlace at(smem_t offset) const { return {lane + offset}; }
+  // The same place; addresses made from it are made anew where they are used, instead of kept in registers.
+  PRIM LanePlace fresh() const { return {prim::opaque(lane)}; }
+  // From `chunk` on, a multiple of the power of 2 above the chunks that will be asked for.
+  PRIM LanePlace from_chunk(int chunk) const { return {(*this)(0, chunk)}; }
 };
 // Matrices in the order (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1).
 template <int D>
@@ -185,6 +189,21 @@ PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, L
   }
 }
 
+// d += a y: a is 16 columns, y the 16 rows from `row` on.
+template <class T, int D, int M, int N>
+PRIM void multiply_rows(Accumulator<M, N>& d, const std::uint32_t (&a)[M][4], LanePlace<D> y_rows_first, int row) {
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    std::uint32_t b[4];
+    load_b_trans(b, y_rows_first, row, n);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
+      prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
+    }
+  }
+}
+
 // d += p y: p an accumulator of K n8 columns, rounded to T; y has 8 K rows, of which columns 0 .. 8 N - 1 are taken.
 template <class T, int D, int M, int N, int K>
 PRIM void multiply_rounded(Accumulator<M, N>& d, const Accumulator<M, K>& p, LanePlace<D> y_rows_first) {
@@ -193,16 +212,31 @@ PRIM void multiply_rounded(Accumulator<M, N>& d, const Accumulator<M, K>& p, Lan
     std::uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) pack_a<T>(a[m], p[m][k], p[m][k + 1]);
+    multiply_rows<T>(d, a, y_rows_first, 8 * k);
+  }
+}
+
+// d += x y, summed over K columns of x and rows of y: M m16 rows of x, N n8 columns of y.
+template <class T, int K, int Dx, int Dy, int M, int N>
+PRIM void multiply(Accumulator<M, N>& d, LanePlace<Dx> x_rows_first, LanePlace<Dy> y_rows_first) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      std::uint32_t b[4];
-      load_b_trans(b, y_rows_first, 8 * k, n);
+  for (int k = 0; k < K; k += 16) {
+    std::uint32_t a[M][4];
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
-        prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    for (int m = 0; m < M; ++m) load_a(a[m], x_rows_first, 16 * m, k / 8);
+    multiply_rows<T>(d, a, y_rows_first, k);
+  }
+}
+
+// d += x^T y, summed over K rows of x and y: M m16 columns of x, N n8 columns of y.
+template <class T, int K, int Dx, int Dy, int M, int N>
+PRIM void multiply_left_transposed(Accumulator<M, N>& d, LanePlace<Dx> x_chunks_first, LanePlace<Dy> y_rows_first) {
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    std::uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) load_a_trans(a[m], x_chunks_first, k, 2 * m);
+    multiply_rows<T>(d, a, y_rows_first, k);
   }
 }
 

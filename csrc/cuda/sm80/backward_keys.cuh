@@ -1,0 +1,289 @@
+// Backward on tensor cores: a block owns a tile of one group's keys of one KV head and meets the tiles of query rows
+// that may see them, of all query heads of the KV head. With P, dS and W as in pair_gradients.cuh:
+//
+//     S = Q K^T    dP = dO V^T    dV += W^T dO    dK += dS^T Q    dQ += dS K
+//
+// dV and dK stay in registers until all rows have passed. dQ of a pair of tiles is added to a sheet (sheet.cuh) in
+// global memory, which another kernel scales and rounds; where Problem::deterministic, backward_rows.cuh makes it.
+// dK and dQ are multiplied by scale at the end only.
+//
+// Where there are fewer tiles of keys than the GPU has room for, `parts` blocks share a tile: each meets a part of its
+// row tiles and leaves dK and dV in sheets of its own.
+//
+// Shared memory: K, V; dS, W (rows x keys); then for each stage Q, dO, and for each of two turns the rows' facts. With
+// two stages the next tile of rows is on its way while one is worked on.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/sm80/pair_gradients.cuh"
+#include "cuda/sm80/sheet.cuh"
+
+namespace mmca::cuda::sm80 {
+
+// Tiles of a kernel and how its warps share them: score_rows x (warps / score_rows) for rows x keys, and so on.
+template <int dim_, int keys_, int rows_, int warps_, int score_rows_, int key_rows_, int query_rows_>
+struct BackwardShape {
+  static constexpr int dim = dim_, keys = keys_, rows = rows_, warps = warps_, threads = warps * warp_size;
+  static constexpr int score_rows = score_rows_, score_columns = warps / score_rows;  // S, dP
+  static constexpr int key_rows = key_rows_, key_columns = warps / key_rows;          // dK, dV
+  static constexpr int query_rows = query_rows_, query_columns = warps / query_rows;  // dQ
+  static constexpr int key_bytes = keys * row_bytes<dim>(), row_tile_bytes = rows * row_bytes<dim>();
+  static constexpr int pair_bytes = rows * row_bytes<keys>();
+
+  static constexpr std::size_t shared_bytes(int stages) {
+    return 2 * key_bytes + 2 * pair_bytes + stages * 2 * row_tile_bytes + 2 * RowTable<rows>::bytes;
+  }
+};
+
+struct BackwardArrays {
+  const RowFacts<float>* facts = nullptr;
+  float* grad_query = nullptr;  // a sheet for each query head; null: not wanted
+  int query_width = 0;
+  std::int64_t query_stride = 0;  // numbers from one head's sheet to the next
+  // parts > 1: sheets of dK and dV, [part][block of the grid without parts]
+  float *grad_key = nullptr, *grad_value = nullptr;
+  int key_width = 0, value_width = 0, parts = 1;
+  std::int64_t key_tiles = 0, blocks = 0;  // tile_count of keys; blocks of the grid, without parts
+  int stages = 2;
+  float exponent = 0, scale = 0;  // scale log2(e); scale
+};
+
+// Which tile a block owns.
+struct KeyTile {
+  Sequence sequence;
+  std::int32_t kv_head, first, count;  // entries of the group's list; count <= 0: none
+  int group;
+};
+PRIM KeyTile key_tile(const Problem& problem, const DevicePlan& plan, std::int64_t tiles, std::int64_t block,
+                      int size) {
+  const int groups = problem.groups();
+  const Tile tile = tile_of(problem, plan, block / groups % tiles, size, /*of_keys=*/true);
+  const int group = static_cast<int>(block % groups);
+  const std::int32_t left = list_size(plan, tile.sequence, group) - tile.first;
+  return {tile.sequence, static_cast<std::int32_t>(block / groups / tiles), tile.first, left < size ? left : size,
+          group};
+}
+
+template <class T, class Shape, bool General>
+class KeyGradients {
+ public:
+  PRIM KeyGradients(const Problem& problem, const DevicePlan& plan, const BackwardArrays& arrays)
+      : problem_(problem),
+        plan_(plan),
+        arrays_(arrays),
+        part_(static_cast<int>(blockIdx.x % static_cast<unsigned>(arrays.parts))),
+        block_(blockIdx.x / static_cast<unsigned>(arrays.parts)),
+        tile_(key_tile(problem, plan, arrays.key_tiles, block_, keys)) {}
+
+  PRIM void run() {
+    if (tile_.count <= 0) return;
+    positions_ = list_positions(plan_, tile_.sequence, tile_.group);
+    clear(grad_key_), clear(grad_value_);
+    begin_keys();
+    prim::cp_async_commit();
+    RowTiles<rows> row_tiles(problem_, plan_, tile_.sequence, tile_.group, {tile_.first, tile_.first + tile_.count},
+                             tile_.kv_head, part_, arrays_.parts);
+    RowTile current{}, next{};
+    if (row_tiles.next(current)) {
+      begin_rows(current, sight(current), 0);
+      prim::cp_async_commit();
+      bool more = row_tiles.next(next);
+      RowSight next_sight = more ? sight(next) : RowSight();
+      for (int turn = 0;; ++turn) {
+        prim::cp_async_wait<0>();
+        prim::syncthreads();
+        if (more && arrays_.stages == 2) begin_rows(next, next_sight, turn + 1);
+        prim::cp_async_commit();
+        score(current, turn);
+        prim::syncthreads();
+        const bool last = !more;
+        const RowTile done = current;
+        current = next;
+        if (!last) {  // what the tile after the next one sees: on its way during the products
+          more = row_tiles.next(next);
+          next_sight = more ? sight(next) : RowSight();
+        }
+        accumulate(done, turn);
+        if (last) break;
+        if (arrays_.stages == 1) {
+          prim::syncthreads();
+          begin_rows(current, sight(current), turn + 1);
+          prim::cp_async_commit();
+        }
+      }
+    }
+    prim::cp_async_wait<0>();
+    prim::syncthreads();
+    if (arrays_.parts > 1) keep();
+    else store();
+  }
+
+ private:
+  static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows;
+  static constexpr int loaded_rows = rows / Shape::warps, loaded_keys = keys / Shape::warps;
+  static constexpr int score_m = rows / Shape::score_rows / 16, score_n = keys / Shape::score_columns / 8;
+  static constexpr int key_m = keys / Shape::key_rows / 16, key_n = dim / Shape::key_columns / 8;
+  static constexpr int query_m = rows / Shape::query_rows / 16, query_n = dim / Shape::query_columns / 8;
+  static_assert(score_n % 2 == 0 && key_n % 2 == 0 && query_n % 2 == 0);
+
+  static constexpr smem_t key_tile_ = 0, value_tile_ = Shape::key_bytes, gradient_tile_ = 2 * Shape::key_bytes,
+                          weight_tile_ = gradient_tile_ + Shape::pair_bytes,
+                          tables_ = weight_tile_ + Shape::pair_bytes, stages_ = tables_ + 2 * RowTable<rows>::bytes;
+  static_assert(stages_ % 128 == 0);
+
+  PRIM smem_t query_tile(int turn) const {
+    return stages_ + static_cast<smem_t>((arrays_.stages == 2 ? turn & 1 : 0) * 2 * Shape::row_tile_bytes);
+  }
+  PRIM smem_t output_tile(int turn) const { return query_tile(turn) + Shape::row_tile_bytes; }
+  PRIM RowTable<rows> table(int turn) const {
+    return {tables_ + static_cast<smem_t>((turn & 1) * RowTable<rows>::bytes)};
+  }
+
+  PRIM void begin_keys() const {
+    const int row = warp_of_thread() * loaded_keys;
+    const std::int32_t first = tile_.first + row;
+    const Interval inside{tile_.first, tile_.first + tile_.count};
+    const std::int32_t from = list_rows<loaded_keys>(positions_, first, inside);
+    const Sequence& s = tile_.sequence;
+    copy_list_rows<dim, loaded_keys>(key_tile_ + row * row_bytes<dim>(),
+                                     row_source(problem_.key, s, s.k_begin, tile_.kv_head, problem_.head_dim),
+                                     positions_, from, first, inside);
+    copy_list_rows<dim, loaded_keys>(value_tile_ + row * row_bytes<dim>(),
+                                     row_source(problem_.value, s, s.k_begin, tile_.kv_head, problem_.value_dim),
+                                     positions_, from, first, inside);
+  }
+
+  // Of the warp's share of a tile's rows: lane r has row r.
+  PRIM RowSight sight(const RowTile& tile) const {
+    if (lane_of_thread() >= loaded_rows) return {};
+    return row_sight(problem_, plan_, tile_.sequence, tile_.group,
+                     tile.first + warp_of_thread() * loaded_rows + lane_of_thread());
+  }
+  PRIM void begin_rows(const RowTile& tile, const RowSight& sight, int turn) const {
+    const int row = warp_of_thread() * loaded_rows;
+    const Sequence& s = tile_.sequence;
+    copy_rows<dim, loaded_rows>(query_tile(turn) + row * row_bytes<dim>(),
+                                row_source(problem_.query, s, s.q_begin, tile.head, problem_.head_dim), sight.row);
+    RowSource grad = row_source(problem_.grad_out, s, s.q_begin, tile.head, problem_.value_dim);
+    grad.data += 2 * tile_.group * problem_.grad_out.group;
+    copy_rows<dim, loaded_rows>(output_tile(turn) + row * row_bytes<dim>(), grad, sight.row);
+    if (lane_of_thread() < loaded_rows)
+      table(turn).begin_row(row + lane_of_thread(), sight,
+                            facts_of(arrays_.facts, problem_, plan_, s, tile_.group, tile.head));
+  }
+
+  PRIM void score(const RowTile& tile, int turn) const {
+    const int row = warp_of_thread() / Shape::score_columns * (16 * score_m);
+    const int key = warp_of_thread() % Shape::score_columns * (8 * score_n);
+    Accumulator<score_m, score_n> products, grads;
+    clear(products), clear(grads);
+    multiply_transposed<T, dim>(products, rows_first<dim>(query_tile(turn) + row * row_bytes<dim>()).fresh(),
+                                chunks_first<dim>(key_tile_ + key * row_bytes<dim>()).fresh());
+    multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()).fresh(),
+                                chunks_first<dim>(value_tile_ + key * row_bytes<dim>()).fresh());
+    const PairPlace place{problem_,    plan_,     tile_.sequence,   positions_,        tile_.first + tile_.count,
+                          tile_.group, tile.head, tile.first + row, tile_.first + key, row,
+                          arrays_.exponent};
+    const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8).fresh();
+    constexpr int weights = weight_tile_ - gradient_tile_;
+    if constexpr (General) differentiate_general<T, true>(place, table(turn), products, grads, to, to.at(weights));
+    else differentiate_plain<T, true>(place, table(turn), products, grads, to, to.at(weights));
+  }
+
+  PRIM void accumulate(const RowTile& tile, int turn) {
+    {
+      const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
+      const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+      const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8).fresh();
+      const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8).fresh();
+      multiply_left_transposed<T, rows>(grad_value_, weights, rows_first<dim>(output_tile(turn)).from_chunk(column / 8).fresh());
+      multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8).fresh());
+    }
+    if (!arrays_.grad_query) return;
+    const int row = warp_of_thread() / Shape::query_columns * (16 * query_m);
+    const int column = warp_of_thread() % Shape::query_columns * (8 * query_n);
+    Accumulator<query_m, query_n> grad_query;
+    clear(grad_query);
+    multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()).fresh(),
+                      rows_first<dim>(key_tile_).from_chunk(column / 8).fresh());
+    float* sheet = arrays_.grad_query + tile.head * arrays_.query_stride;
+    const std::int64_t piece = hull_index(plan_, tile_.sequence) * (plan_tile / 16) + (tile.first + row) / 16;
+#pragma unroll
+    for (int m = 0; m < query_m; ++m)
+#pragma unroll
+      for (int n = 0; n < query_n; ++n) {
+        const float(&d)[4] = grad_query[m][n];
+        if (column + 8 * n < arrays_.query_width)
+          prim::atomic_add_quad(sheet_piece(sheet, arrays_.query_width, piece + m, column / 8 + n),
+                                float4{d[0], d[1], d[2], d[3]});
+      }
+  }
+
+  PRIM void keep() const {
+    const std::int64_t index = part_ * arrays_.blocks + block_;
+    keep(grad_key_, arrays_.grad_key + index * keys * arrays_.key_width, arrays_.key_width);
+    keep(grad_value_, arrays_.grad_value + index * keys * arrays_.value_width, arrays_.value_width);
+  }
+  PRIM void keep(const Accumulator<key_m, key_n>& sum, float* sheet, int width) const {
+    const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
+    const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+#pragma unroll
+    for (int m = 0; m < key_m; ++m)
+#pragma unroll
+      for (int n = 0; n < key_n; ++n) {
+        const float(&d)[4] = sum[m][n];
+        if (column + 8 * n < width)
+          prim::st_global(reinterpret_cast<float4*>(sheet_piece(sheet, width, key / 16 + m, column / 8 + n)),
+                          float4{d[0], d[1], d[2], d[3]});
+      }
+  }
+
+  // Through shared memory, where K and V were, to rows.
+  PRIM void store() const {
+    round(grad_key_, key_tile_, arrays_.scale);
+    round(grad_value_, value_tile_, 1.0f);
+    prim::syncthreads();
+    const Sequence& s = tile_.sequence;
+    store(key_tile_, row_target(problem_.grad_key, s, s.k_begin, tile_.kv_head, problem_.head_dim));
+    store(value_tile_, row_target(problem_.grad_value, s, s.k_begin, tile_.kv_head, problem_.value_dim));
+  }
+  PRIM void round(const Accumulator<key_m, key_n>& sum, smem_t tile, float factor) const {
+    const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
+    const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+    const auto to = fragment_place<dim>(tile + key * row_bytes<dim>()).from_chunk(column / 8).fresh();
+#pragma unroll
+    for (int m = 0; m < key_m; ++m)
+#pragma unroll
+      for (int n = 0; n < key_n; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          prim::st_shared(to(16 * m + 8 * h, n),
+                          prim::pack2<T>(factor * sum[m][n][2 * h], factor * sum[m][n][2 * h + 1]));
+  }
+  PRIM void store(smem_t tile, const RowTarget& target) const {
+    constexpr int chunks = dim / 8;
+    const int chunk = static_cast<int>(threadIdx.x) % chunks;
+    if (8 * chunk >= target.features) return;
+    for (int row = static_cast<int>(threadIdx.x) / chunks; row < tile_.count; row += Shape::threads / chunks)
+      store_chunk(target, position_at(positions_, tile_.first + row), chunk,
+                  prim::ld_shared<uint4>(chunk_address<dim>(tile, row, chunk)));
+  }
+
+  const Problem& problem_;
+  const DevicePlan& plan_;
+  const BackwardArrays& arrays_;
+  const int part_;
+  const std::int64_t block_;
+  const KeyTile tile_;
+  const std::int32_t* positions_ = nullptr;
+  Accumulator<key_m, key_n> grad_key_, grad_value_;
+};
+
+template <class T, class Shape, bool General>
+__global__ void __launch_bounds__(Shape::threads, 1)
+    key_gradients_kernel(const __grid_constant__ Problem problem, const __grid_constant__ DevicePlan plan,
+                         const __grid_constant__ BackwardArrays arrays) {
+  KeyGradients<T, Shape, General>(problem, plan, arrays).run();
+}
+
+}  // namespace mmca::cuda::sm80

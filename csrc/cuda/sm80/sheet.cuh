@@ -1,0 +1,69 @@
+// For the backward: sums in float of whole tiles in global memory, added up by several blocks or kept for one that
+// rounds them at the end.
+//
+// A sheet is rows of `width` numbers (a multiple of 8) in pieces of 16 x 8, each as the accumulators of a warp: lane l's
+// four at float 4 l of the piece. Every access of a warp to a piece is thus one run of 512 bytes.
+#pragma once
+
+#include "cuda/sm80/tile.cuh"
+
+namespace mmca::cuda::sm80 {
+
+constexpr int sheet_width(std::int64_t dim) { return static_cast<int>((dim + 7) / 8 * 8); }
+
+// The lane's numbers of the piece of rows 16 m .. and columns 8 n .. .
+template <class Pointer>
+PRIM Pointer sheet_piece(Pointer sheet, int width, std::int64_t m, int n) {
+  return sheet + ((m * (width / 8) + n) * warp_size + lane_of_thread()) * 4;
+}
+
+// One head's rows of a result, which need not lie at aligned addresses.
+struct RowTarget {
+  unsigned char* data;
+  std::int64_t row, feature;  // strides in bytes
+  std::int32_t features;
+};
+PRIM RowTarget row_target(const Output& x, const Sequence& sequence, std::int64_t begin, std::int64_t head,
+                          std::int64_t features) {
+  return {static_cast<unsigned char*>(x.data) + 2 * row_offset(x, sequence, begin, head, 0), 2 * x.row, 2 * x.feature,
+          static_cast<std::int32_t>(features)};
+}
+
+// Writes numbers 8 chunk .. 8 chunk + 7 of a row, as far as there are so many.
+PRIM void store_chunk(const RowTarget& target, std::int32_t row, int chunk, uint4 numbers) {
+  unsigned char* to = target.data + row * target.row + 8 * chunk * target.feature;
+  if (target.feature == 2 && 8 * chunk + 8 <= target.features && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
+    prim::st_global_16(to, numbers);
+    return;
+  }
+  const std::uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (8 * chunk + i < target.features)
+      prim::st_global(reinterpret_cast<std::uint16_t*>(to + i * target.feature),
+                      static_cast<std::uint16_t>(pairs[i / 2] >> 16 * (i % 2)));
+}
+
+// Rows `g` and `g` + 8 of the piece at `piece` (its first number), times `factor`; summed over `parts` sheets.
+template <class T>
+PRIM void read_piece(const float* piece, int g, int parts, std::int64_t part_stride, float factor, uint4& upper,
+                     uint4& lower) {
+  float sum[4][4] = {};  // lanes 4 g .. 4 g + 3
+  for (int part = 0; part < parts; ++part) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 x = ld_global(reinterpret_cast<const float4*>(piece + part * part_stride + 4 * (4 * g + i)));
+      sum[i][0] += x.x, sum[i][1] += x.y, sum[i][2] += x.z, sum[i][3] += x.w;
+    }
+  }
+  std::uint32_t pairs[2][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pairs[0][i] = prim::pack2<T>(factor * sum[i][0], factor * sum[i][1]);
+    pairs[1][i] = prim::pack2<T>(factor * sum[i][2], factor * sum[i][3]);
+  }
+  upper = {pairs[0][0], pairs[0][1], pairs[0][2], pairs[0][3]};
+  lower = {pairs[1][0], pairs[1][1], pairs[1][2], pairs[1][3]};
+}
+
+}  // namespace mmca::cuda::sm80
