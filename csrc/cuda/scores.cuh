@@ -52,15 +52,7 @@ class PairScores {
   PRIM static double tanh_of(double x) { return tanh(x); }
 
   PRIM T bias(std::int64_t row, std::int64_t key) const {
-    const std::int64_t at = bias_first_ + row * bias_row_ + key * bias_key_;
-    switch (bias_dtype_) {
-      case DType::f32: return static_cast<T>(ld_global(static_cast<const float*>(bias_) + at));
-      case DType::f64: return static_cast<T>(ld_global(static_cast<const double*>(bias_) + at));
-      case DType::bf16:
-        return static_cast<T>(prim::to_float<BFloat16>(ld_global(static_cast<const std::uint16_t*>(bias_) + at)));
-      case DType::f16: break;
-    }
-    return static_cast<T>(prim::to_float<Float16>(ld_global(static_cast<const std::uint16_t*>(bias_) + at)));
+    return number_at<T>(bias_, bias_dtype_, bias_first_ + row * bias_row_ + key * bias_key_);
   }
 
   const std::uint8_t* mask_;
