@@ -71,46 +71,41 @@ class KeyGradients {
       : problem_(problem),
         plan_(plan),
         arrays_(arrays),
-        part_(static_cast<int>(blockIdx.x % static_cast<unsigned>(arrays.parts))),
-        block_(blockIdx.x / static_cast<unsigned>(arrays.parts)),
-        tile_(key_tile(problem, plan, arrays.key_tiles, block_, keys)) {}
+        tile_(key_tile(problem, plan, arrays.key_tiles, block(), keys)) {}
 
   PRIM void run() {
     if (tile_.count <= 0) return;
-    positions_ = list_positions(plan_, tile_.sequence, tile_.group);
     clear(grad_key_), clear(grad_value_);
     begin_keys();
     prim::cp_async_commit();
     RowTiles<rows> row_tiles(problem_, plan_, tile_.sequence, tile_.group, {tile_.first, tile_.first + tile_.count},
-                             tile_.kv_head, part_, arrays_.parts);
-    RowTile current{}, next{};
-    if (row_tiles.next(current)) {
-      begin_rows(current, sight(current), 0);
+                             tile_.kv_head, part(), arrays_.parts);
+    // `incoming` is the tile whose copy begins next; with two stages `current`, the one before, is worked on meanwhile.
+    const bool overlap = arrays_.stages == 2;
+    RowTile incoming{}, current{};
+    bool coming = row_tiles.next(incoming), live = false;
+    RowSight seen = coming ? sight(incoming) : RowSight();
+    for (int turn = 0; live || coming; ++turn) {
+      prim::cp_async_wait<0>();
+      prim::syncthreads();
+      if (coming) begin_rows(incoming, seen, turn);
       prim::cp_async_commit();
-      bool more = row_tiles.next(next);
-      RowSight next_sight = more ? sight(next) : RowSight();
-      for (int turn = 0;; ++turn) {
+      if (!overlap) {
         prim::cp_async_wait<0>();
         prim::syncthreads();
-        if (more && arrays_.stages == 2) begin_rows(next, next_sight, turn + 1);
-        prim::cp_async_commit();
-        score(current, turn);
-        prim::syncthreads();
-        const bool last = !more;
-        const RowTile done = current;
-        current = next;
-        if (!last) {  // what the tile after the next one sees: on its way during the products
-          more = row_tiles.next(next);
-          next_sight = more ? sight(next) : RowSight();
-        }
-        accumulate(done, turn);
-        if (last) break;
-        if (arrays_.stages == 1) {
-          prim::syncthreads();
-          begin_rows(current, sight(current), turn + 1);
-          prim::cp_async_commit();
-        }
+        current = incoming, live = true;
       }
+      const int loaded = overlap ? turn - 1 : turn;
+      if (live) {
+        score(current, loaded);
+        prim::syncthreads();
+      }
+      const RowTile done = current;
+      const bool scored = live;
+      current = incoming, live = coming && overlap;
+      coming = coming && row_tiles.next(incoming);
+      if (coming) seen = sight(incoming);  // long before it is needed
+      if (scored) accumulate(done, loaded);
     }
     prim::cp_async_wait<0>();
     prim::syncthreads();
@@ -131,6 +126,10 @@ class KeyGradients {
                           tables_ = weight_tile_ + Shape::pair_bytes, stages_ = tables_ + 2 * RowTable<rows>::bytes;
   static_assert(stages_ % 128 == 0);
 
+  PRIM std::int32_t part() const { return static_cast<std::int32_t>(blockIdx.x % static_cast<unsigned>(arrays_.parts)); }
+  PRIM std::int64_t block() const { return prim::opaque(blockIdx.x) / static_cast<unsigned>(arrays_.parts); }
+  PRIM const std::int32_t* positions() const { return list_positions(plan_, tile_.sequence, tile_.group); }
+
   PRIM smem_t query_tile(int turn) const {
     return stages_ + static_cast<smem_t>((arrays_.stages == 2 ? turn & 1 : 0) * 2 * Shape::row_tile_bytes);
   }
@@ -143,14 +142,15 @@ class KeyGradients {
     const int row = warp_of_thread() * loaded_keys;
     const std::int32_t first = tile_.first + row;
     const Interval inside{tile_.first, tile_.first + tile_.count};
-    const std::int32_t from = list_rows<loaded_keys>(positions_, first, inside);
+    const std::int32_t* list = positions();
+    const std::int32_t from = list_rows<loaded_keys>(list, first, inside);
     const Sequence& s = tile_.sequence;
     copy_list_rows<dim, loaded_keys>(key_tile_ + row * row_bytes<dim>(),
                                      row_source(problem_.key, s, s.k_begin, tile_.kv_head, problem_.head_dim),
-                                     positions_, from, first, inside);
+                                     list, from, first, inside);
     copy_list_rows<dim, loaded_keys>(value_tile_ + row * row_bytes<dim>(),
                                      row_source(problem_.value, s, s.k_begin, tile_.kv_head, problem_.value_dim),
-                                     positions_, from, first, inside);
+                                     list, from, first, inside);
   }
 
   // Of the warp's share of a tile's rows: lane r has row r.
@@ -169,7 +169,7 @@ class KeyGradients {
     copy_rows<dim, loaded_rows>(output_tile(turn) + row * row_bytes<dim>(), grad, sight.row);
     if (lane_of_thread() < loaded_rows)
       table(turn).begin_row(row + lane_of_thread(), sight,
-                            facts_of(arrays_.facts, problem_, plan_, s, tile_.group, tile.head));
+                            arrays_.facts + facts_index(problem_, s, tile_.group, tile.head, 0));
   }
 
   PRIM void score(const RowTile& tile, int turn) const {
@@ -181,7 +181,7 @@ class KeyGradients {
                                 chunks_first<dim>(key_tile_ + key * row_bytes<dim>()).fresh());
     multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()).fresh(),
                                 chunks_first<dim>(value_tile_ + key * row_bytes<dim>()).fresh());
-    const PairPlace place{problem_,    plan_,     tile_.sequence,   positions_,        tile_.first + tile_.count,
+    const PairPlace place{problem_,    plan_,     tile_.sequence,   positions(),       tile_.first + tile_.count,
                           tile_.group, tile.head, tile.first + row, tile_.first + key, row,
                           arrays_.exponent};
     const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8).fresh();
@@ -206,36 +206,21 @@ class KeyGradients {
     clear(grad_query);
     multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()).fresh(),
                       rows_first<dim>(key_tile_).from_chunk(column / 8).fresh());
-    float* sheet = arrays_.grad_query + tile.head * arrays_.query_stride;
+    const int width = arrays_.query_width;
     const std::int64_t piece = hull_index(plan_, tile_.sequence) * (plan_tile / 16) + (tile.first + row) / 16;
-#pragma unroll
-    for (int m = 0; m < query_m; ++m)
-#pragma unroll
-      for (int n = 0; n < query_n; ++n) {
-        const float(&d)[4] = grad_query[m][n];
-        if (column + 8 * n < arrays_.query_width)
-          prim::atomic_add_quad(sheet_piece(sheet, arrays_.query_width, piece + m, column / 8 + n),
-                                float4{d[0], d[1], d[2], d[3]});
-      }
+    add_pieces(grad_query, sheet_piece(arrays_.grad_query + tile.head * arrays_.query_stride, width, piece, column / 8),
+               width, column);
   }
 
   PRIM void keep() const {
-    const std::int64_t index = part_ * arrays_.blocks + block_;
+    const std::int64_t index = part() * arrays_.blocks + block();
     keep(grad_key_, arrays_.grad_key + index * keys * arrays_.key_width, arrays_.key_width);
     keep(grad_value_, arrays_.grad_value + index * keys * arrays_.value_width, arrays_.value_width);
   }
   PRIM void keep(const Accumulator<key_m, key_n>& sum, float* sheet, int width) const {
     const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
     const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
-#pragma unroll
-    for (int m = 0; m < key_m; ++m)
-#pragma unroll
-      for (int n = 0; n < key_n; ++n) {
-        const float(&d)[4] = sum[m][n];
-        if (column + 8 * n < width)
-          prim::st_global(reinterpret_cast<float4*>(sheet_piece(sheet, width, key / 16 + m, column / 8 + n)),
-                          float4{d[0], d[1], d[2], d[3]});
-      }
+    store_pieces(sum, sheet_piece(sheet, width, key / 16, column / 8), width, column);
   }
 
   // Through shared memory, where K and V were, to rows.
@@ -243,9 +228,10 @@ class KeyGradients {
     round(grad_key_, key_tile_, arrays_.scale);
     round(grad_value_, value_tile_, 1.0f);
     prim::syncthreads();
-    const Sequence& s = tile_.sequence;
-    store(key_tile_, row_target(problem_.grad_key, s, s.k_begin, tile_.kv_head, problem_.head_dim));
-    store(value_tile_, row_target(problem_.grad_value, s, s.k_begin, tile_.kv_head, problem_.value_dim));
+    // Made again: what only this end needs would take registers from the loop.
+    const KeyTile tile = key_tile(problem_, plan_, arrays_.key_tiles, block(), keys);
+    store(tile, key_tile_, problem_.grad_key, problem_.head_dim);
+    store(tile, value_tile_, problem_.grad_value, problem_.value_dim);
   }
   PRIM void round(const Accumulator<key_m, key_n>& sum, smem_t tile, float factor) const {
     const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
@@ -260,22 +246,21 @@ class KeyGradients {
           prim::st_shared(to(16 * m + 8 * h, n),
                           prim::pack2<T>(factor * sum[m][n][2 * h], factor * sum[m][n][2 * h + 1]));
   }
-  PRIM void store(smem_t tile, const RowTarget& target) const {
+  PRIM void store(const KeyTile& tile, smem_t rounded, const Output& result, std::int64_t features) const {
+    const RowTarget target = row_target(result, tile.sequence, tile.sequence.k_begin, tile.kv_head, features);
+    const std::int32_t* list = list_positions(plan_, tile.sequence, tile.group);
     constexpr int chunks = dim / 8;
     const int chunk = static_cast<int>(threadIdx.x) % chunks;
-    if (8 * chunk >= target.features) return;
-    for (int row = static_cast<int>(threadIdx.x) / chunks; row < tile_.count; row += Shape::threads / chunks)
-      store_chunk(target, position_at(positions_, tile_.first + row), chunk,
-                  prim::ld_shared<uint4>(chunk_address<dim>(tile, row, chunk)));
+    if (8 * chunk >= features) return;
+    for (int row = static_cast<int>(threadIdx.x) / chunks; row < tile.count; row += Shape::threads / chunks)
+      store_chunk(target, position_at(list, tile.first + row), chunk,
+                  prim::ld_shared<uint4>(chunk_address<dim>(rounded, row, chunk)));
   }
 
   const Problem& problem_;
   const DevicePlan& plan_;
   const BackwardArrays& arrays_;
-  const int part_;
-  const std::int64_t block_;
   const KeyTile tile_;
-  const std::int32_t* positions_ = nullptr;
   Accumulator<key_m, key_n> grad_key_, grad_value_;
 };
 

@@ -72,20 +72,18 @@ PRIM void dropout_factors(const PairDropout& dropout, const PairPlace& at, std::
 
 // t and g (the products, dP) of a warp's M m16 rows and N n8 keys become dS and W, rounded, at the lane's places of
 // two tiles. This one for neither softcap, bias, mask nor dropout.
-template <class T, bool WithWeights, int Rows, int Keys, int M, int N>
+template <class T, bool WithWeights, bool Cut, int Rows, int Keys, int M, int N>
 PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, const Accumulator<M, N>& t,
                               const Accumulator<M, N>& g, LanePlace<Keys> score_gradients, LanePlace<Keys> weights) {
-  const int lane = lane_of_thread(), first_row = at.first_row + lane / 4;
+  const int first_row = at.first_row + lane_of_thread() / 4;
   const std::int32_t first_key = at.first_key + fragment_column();
-  const int2 looks = prim::ld_shared<int2>(table.seen(at.first_row + lane % (16 * M)));
-  const bool cut = prim::any_lane(looks.x > at.first_key || looks.y < at.first_key + 8 * N);  // sees a row not all?
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = 16 * m + 8 * h;
       const auto facts = prim::ld_shared<RowFacts<float>>(table.facts(first_row + r));
-      const int2 seen = prim::ld_shared<int2>(table.seen(first_row + r));
+      const int2 seen = Cut ? prim::ld_shared<int2>(table.seen(first_row + r)) : int2{};
       const float rest = prim::exp2_approx(-facts.low);  // saves a subtraction in each exponent
       const float weight = facts.weight * rest, offset = facts.offset * rest;
 #pragma unroll
@@ -96,19 +94,22 @@ PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, 
           const float p = prim::exp2_approx(fmaf(t[m][n][2 * h + e], at.exponent, -facts.lse));
           w[e] = p * weight;
           ds[e] = p * fmaf(weight, g[m][n][2 * h + e], -offset);
-        }
-        if (cut) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const std::int32_t key = first_key + 8 * n + e;
-            const bool sees = key >= seen.x && key < seen.y;
-            w[e] = sees ? w[e] : 0.0f, ds[e] = sees ? ds[e] : 0.0f;
-          }
+          const std::int32_t key = first_key + 8 * n + e;
+          if (Cut && (key < seen.x || key >= seen.y)) w[e] = ds[e] = 0.0f;
         }
         prim::st_shared(score_gradients(r, n), prim::pack2<T>(ds[0], ds[1]));
         if (WithWeights) prim::st_shared(weights(r, n), prim::pack2<T>(w[0], w[1]));
       }
     }
+}
+template <class T, bool WithWeights, int Rows, int Keys, int M, int N>
+PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, const Accumulator<M, N>& t,
+                              const Accumulator<M, N>& g, LanePlace<Keys> score_gradients, LanePlace<Keys> weights) {
+  // Is there a row of the warp that does not see all of its keys?
+  const int2 seen = prim::ld_shared<int2>(table.seen(at.first_row + lane_of_thread() % (16 * M)));
+  if (prim::any_lane(seen.x > at.first_key || seen.y < at.first_key + 8 * N))
+    differentiate_plain<T, WithWeights, true>(at, table, t, g, score_gradients, weights);
+  else differentiate_plain<T, WithWeights, false>(at, table, t, g, score_gradients, weights);
 }
 
 // And this one for all of them. WithWeights: it also adds the bias' gradient.

@@ -6,13 +6,6 @@
 
 namespace mmca::cuda::sm80 {
 
-// RowFacts of a row: [group][query head][query token of the row].
-PRIM const RowFacts<float>* facts_of(const RowFacts<float>* facts, const Problem& problem, const DevicePlan& plan,
-                                     const Sequence& sequence, int group, std::int64_t head) {
-  const std::int64_t tokens = plan.q_offsets ? problem.q_len : problem.batch * problem.q_len;
-  return facts + (group * problem.q_heads + head) * tokens + sequence.q_token;
-}
-
 struct RowTile {
   std::int32_t head;   // query head
   std::int32_t first;  // entry
@@ -106,9 +99,9 @@ struct RowTable {
   PRIM smem_t seen(int row) const {
     return base + static_cast<smem_t>(Rows * sizeof(RowFacts<float>) + row * sizeof(int2));
   }
-  // Begins to fill in row `row`; `all`: facts_of of its head.
-  PRIM void begin_row(int row, const RowSight& sight, const RowFacts<float>* all) const {
-    prim::cp_async<16>(facts(row), all + (sight.row < 0 ? 0 : sight.row), sight.row >= 0);
+  // Begins to fill in row `row`; `first`: the facts of its head's row 0.
+  PRIM void begin_row(int row, const RowSight& sight, const RowFacts<float>* first) const {
+    prim::cp_async<16>(facts(row), first + (sight.row < 0 ? 0 : sight.row), sight.row >= 0);
     prim::st_shared(seen(row), int2{sight.seen.begin, sight.seen.end});
   }
 };

@@ -17,6 +17,26 @@ PRIM Pointer sheet_piece(Pointer sheet, int width, std::int64_t m, int n) {
   return sheet + ((m * (width / 8) + n) * warp_size + lane_of_thread()) * 4;
 }
 
+// A warp's M m16 rows and N n8 columns, the first piece of which is at `piece`; `column`: the first of the columns.
+template <int M, int N>
+PRIM void store_pieces(const Accumulator<M, N>& d, float* piece, int width, int column) {
+#pragma unroll
+  for (int m = 0; m < M; ++m, piece += 16 * width)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (column + 8 * n < width)
+        prim::st_global(reinterpret_cast<float4*>(piece + 128 * n), float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
+}
+template <int M, int N>
+PRIM void add_pieces(const Accumulator<M, N>& d, float* piece, int width, int column) {
+#pragma unroll
+  for (int m = 0; m < M; ++m, piece += 16 * width)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (column + 8 * n < width)
+        prim::atomic_add_quad(piece + 128 * n, float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
+}
+
 // One head's rows of a result, which need not lie at aligned addresses.
 struct RowTarget {
   unsigned char* data;
