@@ -31,14 +31,14 @@ struct BackwardShape {
   static constexpr int pair_bytes = rows * row_bytes<keys>();
 
   static constexpr std::size_t shared_bytes(int stages) {
-    return 2 * key_bytes + 2 * pair_bytes + stages * 2 * row_tile_bytes + 2 * RowTable<rows>::bytes;
+    return 2 * key_bytes + 2 * pair_bytes + stages * 2 * row_tile_bytes + 2 * RowTable<rows>::bytes + 128;
   }
 };
 
 struct BackwardArrays {
   const RowFacts<float>* facts = nullptr;
   float* grad_query = nullptr;  // a sheet for each query head; null: not wanted
-  int query_width = 0;
+  int query_chunks = 0, value_chunks = 0, query_width = 0;
   std::int64_t query_stride = 0;  // numbers from one head's sheet to the next
   // parts > 1: sheets of dK and dV, [part][block of the grid without parts]
   float *grad_key = nullptr, *grad_value = nullptr;
@@ -64,6 +64,33 @@ PRIM KeyTile key_tile(const Problem& problem, const DevicePlan& plan, std::int64
           group};
 }
 
+// The same in shared memory, for loops without a register to spare.
+struct KeptKeyTile {
+  smem_t base;
+
+  static constexpr int bytes = 128;
+
+  PRIM void keep(const KeyTile& tile) const {
+    const Sequence& s = tile.sequence;
+    const std::int64_t wide[4] = {s.q_begin, s.k_begin, s.q_token, s.k_token};
+    const std::int32_t narrow[7] = {s.index, s.q_len, s.k_len, tile.kv_head, tile.first, tile.count, tile.group};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) prim::st_shared(base + 8 * i, wide[i]);
+#pragma unroll
+    for (int i = 0; i < 7; ++i) prim::st_shared(base + 32 + 4 * i, narrow[i]);
+  }
+  PRIM Sequence sequence() const { return {narrow(0), narrow(1), narrow(2), wide(0), wide(1), wide(2), wide(3)}; }
+  PRIM std::int32_t kv_head() const { return narrow(3); }
+  PRIM std::int32_t first() const { return narrow(4); }
+  PRIM std::int32_t end() const { return narrow(4) + narrow(5); }
+  PRIM std::int32_t count() const { return narrow(5); }
+  PRIM int group() const { return narrow(6); }
+
+ private:
+  PRIM std::int64_t wide(int i) const { return prim::ld_shared<std::int64_t>(base + 8 * i); }
+  PRIM std::int32_t narrow(int i) const { return prim::ld_shared<std::int32_t>(base + 32 + 4 * i); }
+};
+
 template <class T, class Shape, bool General>
 class KeyGradients {
  public:
@@ -71,19 +98,21 @@ class KeyGradients {
       : problem_(problem),
         plan_(plan),
         arrays_(arrays),
-        tile_(key_tile(problem, plan, arrays.key_tiles, block(), keys)) {}
+        warp_(warp_of_thread()) {}
 
   PRIM void run() {
-    if (tile_.count <= 0) return;
+    const KeyTile tile = key_tile(problem_, plan_, arrays_.key_tiles, block(), keys);
+    if (tile.count <= 0) return;
+    if (threadIdx.x == 0) tile_.keep(tile);
     clear(grad_key_), clear(grad_value_);
-    begin_keys();
+    begin_keys(tile);
     prim::cp_async_commit();
-    RowTiles<rows> row_tiles(problem_, plan_, tile_.sequence, tile_.group, {tile_.first, tile_.first + tile_.count},
-                             tile_.kv_head, part(), arrays_.parts);
+    RowTiles<rows> row_tiles(problem_, tile.sequence, tile.kv_head, part(), arrays_.parts);
+    prim::syncthreads();
     // `incoming` is the tile whose copy begins next; with two stages `current`, the one before, is worked on meanwhile.
     const bool overlap = arrays_.stages == 2;
     RowTile incoming{}, current{};
-    bool coming = row_tiles.next(incoming), live = false;
+    bool coming = next(row_tiles, incoming), live = false;
     RowSight seen = coming ? sight(incoming) : RowSight();
     for (int turn = 0; live || coming; ++turn) {
       prim::cp_async_wait<0>();
@@ -103,7 +132,7 @@ class KeyGradients {
       const RowTile done = current;
       const bool scored = live;
       current = incoming, live = coming && overlap;
-      coming = coming && row_tiles.next(incoming);
+      coming = coming && next(row_tiles, incoming);
       if (coming) seen = sight(incoming);  // long before it is needed
       if (scored) accumulate(done, loaded);
     }
@@ -123,12 +152,16 @@ class KeyGradients {
 
   static constexpr smem_t key_tile_ = 0, value_tile_ = Shape::key_bytes, gradient_tile_ = 2 * Shape::key_bytes,
                           weight_tile_ = gradient_tile_ + Shape::pair_bytes,
-                          tables_ = weight_tile_ + Shape::pair_bytes, stages_ = tables_ + 2 * RowTable<rows>::bytes;
+                          tables_ = weight_tile_ + Shape::pair_bytes, kept_ = tables_ + 2 * RowTable<rows>::bytes,
+                          stages_ = kept_ + KeptKeyTile::bytes;
   static_assert(stages_ % 128 == 0);
 
   PRIM std::int32_t part() const { return static_cast<std::int32_t>(blockIdx.x % static_cast<unsigned>(arrays_.parts)); }
-  PRIM std::int64_t block() const { return prim::opaque(blockIdx.x) / static_cast<unsigned>(arrays_.parts); }
-  PRIM const std::int32_t* positions() const { return list_positions(plan_, tile_.sequence, tile_.group); }
+  PRIM std::int64_t block() const { return blockIdx.x / static_cast<unsigned>(arrays_.parts); }
+  PRIM const std::int32_t* positions() const { return list_positions(plan_, tile_.sequence(), tile_.group()); }
+  PRIM bool next(RowTiles<rows>& row_tiles, RowTile& tile) const {
+    return row_tiles.next(tile, problem_, plan_, tile_.sequence(), tile_.group(), {tile_.first(), tile_.end()});
+  }
 
   PRIM smem_t query_tile(int turn) const {
     return stages_ + static_cast<smem_t>((arrays_.stages == 2 ? turn & 1 : 0) * 2 * Shape::row_tile_bytes);
@@ -138,52 +171,55 @@ class KeyGradients {
     return {tables_ + static_cast<smem_t>((turn & 1) * RowTable<rows>::bytes)};
   }
 
-  PRIM void begin_keys() const {
-    const int row = warp_of_thread() * loaded_keys;
-    const std::int32_t first = tile_.first + row;
-    const Interval inside{tile_.first, tile_.first + tile_.count};
-    const std::int32_t* list = positions();
+  PRIM void begin_keys(const KeyTile& tile) const {
+    const int row = warp_ * loaded_keys;
+    const std::int32_t first = tile.first + row;
+    const Interval inside{tile.first, tile.first + tile.count};
+    const Sequence& s = tile.sequence;
+    const std::int32_t* list = list_positions(plan_, s, tile.group);
     const std::int32_t from = list_rows<loaded_keys>(list, first, inside);
-    const Sequence& s = tile_.sequence;
     copy_list_rows<dim, loaded_keys>(key_tile_ + row * row_bytes<dim>(),
-                                     row_source(problem_.key, s, s.k_begin, tile_.kv_head, problem_.head_dim),
+                                     row_source(problem_.key, s, s.k_begin, tile.kv_head, problem_.head_dim),
                                      list, from, first, inside);
     copy_list_rows<dim, loaded_keys>(value_tile_ + row * row_bytes<dim>(),
-                                     row_source(problem_.value, s, s.k_begin, tile_.kv_head, problem_.value_dim),
+                                     row_source(problem_.value, s, s.k_begin, tile.kv_head, problem_.value_dim),
                                      list, from, first, inside);
   }
 
   // Of the warp's share of a tile's rows: lane r has row r.
   PRIM RowSight sight(const RowTile& tile) const {
     if (lane_of_thread() >= loaded_rows) return {};
-    return row_sight(problem_, plan_, tile_.sequence, tile_.group,
-                     tile.first + warp_of_thread() * loaded_rows + lane_of_thread());
+    return row_sight(problem_, plan_, tile_.sequence(), tile_.group(),
+                     tile.first + warp_ * loaded_rows + lane_of_thread());
   }
   PRIM void begin_rows(const RowTile& tile, const RowSight& sight, int turn) const {
-    const int row = warp_of_thread() * loaded_rows;
-    const Sequence& s = tile_.sequence;
-    copy_rows<dim, loaded_rows>(query_tile(turn) + row * row_bytes<dim>(),
-                                row_source(problem_.query, s, s.q_begin, tile.head, problem_.head_dim), sight.row);
-    RowSource grad = row_source(problem_.grad_out, s, s.q_begin, tile.head, problem_.value_dim);
-    grad.data += 2 * tile_.group * problem_.grad_out.group;
+    const int row = warp_ * loaded_rows;
+    const Sequence s = tile_.sequence();
+    RowSource query = row_source(problem_.query, s, s.q_begin, tile.head, 0);
+    query.chunks = arrays_.query_chunks;
+    copy_rows<dim, loaded_rows>(query_tile(turn) + row * row_bytes<dim>(), query, sight.row);
+    RowSource grad = row_source(problem_.grad_out, s, s.q_begin, tile.head, 0);
+    grad.chunks = arrays_.value_chunks;
+    grad.data += 2 * tile_.group() * problem_.grad_out.group;
     copy_rows<dim, loaded_rows>(output_tile(turn) + row * row_bytes<dim>(), grad, sight.row);
     if (lane_of_thread() < loaded_rows)
-      table(turn).begin_row(row + lane_of_thread(), sight,
-                            arrays_.facts + facts_index(problem_, s, tile_.group, tile.head, 0));
+      table(turn).begin_row(row + lane_of_thread(), sight, tile_.first(), keys,
+                            arrays_.facts + facts_index(problem_, s, tile_.group(), tile.head, 0));
   }
 
   PRIM void score(const RowTile& tile, int turn) const {
-    const int row = warp_of_thread() / Shape::score_columns * (16 * score_m);
-    const int key = warp_of_thread() % Shape::score_columns * (8 * score_n);
+    const int row = warp_ / Shape::score_columns * (16 * score_m);
+    const int key = warp_ % Shape::score_columns * (8 * score_n);
     Accumulator<score_m, score_n> products, grads;
     clear(products), clear(grads);
     multiply_transposed<T, dim>(products, rows_first<dim>(query_tile(turn) + row * row_bytes<dim>()).fresh(),
                                 chunks_first<dim>(key_tile_ + key * row_bytes<dim>()).fresh());
     multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()).fresh(),
                                 chunks_first<dim>(value_tile_ + key * row_bytes<dim>()).fresh());
-    const PairPlace place{problem_,    plan_,     tile_.sequence,   positions(),       tile_.first + tile_.count,
-                          tile_.group, tile.head, tile.first + row, tile_.first + key, row,
-                          arrays_.exponent};
+    const Sequence sequence = tile_.sequence();
+    const PairPlace place{problem_,        plan_,       sequence,     positions(),       tile_.end(),
+                          tile_.group(),   tile.head,   tile.first,   tile_.first(),     row,
+                          key,             arrays_.exponent};
     const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8).fresh();
     constexpr int weights = weight_tile_ - gradient_tile_;
     if constexpr (General) differentiate_general<T, true>(place, table(turn), products, grads, to, to.at(weights));
@@ -192,22 +228,22 @@ class KeyGradients {
 
   PRIM void accumulate(const RowTile& tile, int turn) {
     {
-      const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
-      const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+      const int key = warp_ / Shape::key_columns * (16 * key_m);
+      const int column = warp_ % Shape::key_columns * (8 * key_n);
       const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8).fresh();
       const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8).fresh();
       multiply_left_transposed<T, rows>(grad_value_, weights, rows_first<dim>(output_tile(turn)).from_chunk(column / 8).fresh());
       multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8).fresh());
     }
     if (!arrays_.grad_query) return;
-    const int row = warp_of_thread() / Shape::query_columns * (16 * query_m);
-    const int column = warp_of_thread() % Shape::query_columns * (8 * query_n);
+    const int row = warp_ / Shape::query_columns * (16 * query_m);
+    const int column = warp_ % Shape::query_columns * (8 * query_n);
     Accumulator<query_m, query_n> grad_query;
     clear(grad_query);
     multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()).fresh(),
                       rows_first<dim>(key_tile_).from_chunk(column / 8).fresh());
     const int width = arrays_.query_width;
-    const std::int64_t piece = hull_index(plan_, tile_.sequence) * (plan_tile / 16) + (tile.first + row) / 16;
+    const std::int64_t piece = hull_index(plan_, tile_.sequence()) * (plan_tile / 16) + (tile.first + row) / 16;
     add_pieces(grad_query, sheet_piece(arrays_.grad_query + tile.head * arrays_.query_stride, width, piece, column / 8),
                width, column);
   }
@@ -218,8 +254,8 @@ class KeyGradients {
     keep(grad_value_, arrays_.grad_value + index * keys * arrays_.value_width, arrays_.value_width);
   }
   PRIM void keep(const Accumulator<key_m, key_n>& sum, float* sheet, int width) const {
-    const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
-    const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+    const int key = warp_ / Shape::key_columns * (16 * key_m);
+    const int column = warp_ % Shape::key_columns * (8 * key_n);
     store_pieces(sum, sheet_piece(sheet, width, key / 16, column / 8), width, column);
   }
 
@@ -228,14 +264,12 @@ class KeyGradients {
     round(grad_key_, key_tile_, arrays_.scale);
     round(grad_value_, value_tile_, 1.0f);
     prim::syncthreads();
-    // Made again: what only this end needs would take registers from the loop.
-    const KeyTile tile = key_tile(problem_, plan_, arrays_.key_tiles, block(), keys);
-    store(tile, key_tile_, problem_.grad_key, problem_.head_dim);
-    store(tile, value_tile_, problem_.grad_value, problem_.value_dim);
+    store(key_tile_, problem_.grad_key, problem_.head_dim);
+    store(value_tile_, problem_.grad_value, problem_.value_dim);
   }
   PRIM void round(const Accumulator<key_m, key_n>& sum, smem_t tile, float factor) const {
-    const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
-    const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+    const int key = warp_ / Shape::key_columns * (16 * key_m);
+    const int column = warp_ % Shape::key_columns * (8 * key_n);
     const auto to = fragment_place<dim>(tile + key * row_bytes<dim>()).from_chunk(column / 8).fresh();
 #pragma unroll
     for (int m = 0; m < key_m; ++m)
@@ -246,21 +280,24 @@ class KeyGradients {
           prim::st_shared(to(16 * m + 8 * h, n),
                           prim::pack2<T>(factor * sum[m][n][2 * h], factor * sum[m][n][2 * h + 1]));
   }
-  PRIM void store(const KeyTile& tile, smem_t rounded, const Output& result, std::int64_t features) const {
-    const RowTarget target = row_target(result, tile.sequence, tile.sequence.k_begin, tile.kv_head, features);
-    const std::int32_t* list = list_positions(plan_, tile.sequence, tile.group);
+  PRIM void store(smem_t rounded, const Output& result, std::int64_t features) const {
+    const Sequence s = tile_.sequence();
+    const RowTarget target = row_target(result, s, s.k_begin, tile_.kv_head(), features);
+    const std::int32_t* list = positions();
+    const std::int32_t first = tile_.first(), count = tile_.count();
     constexpr int chunks = dim / 8;
     const int chunk = static_cast<int>(threadIdx.x) % chunks;
     if (8 * chunk >= features) return;
-    for (int row = static_cast<int>(threadIdx.x) / chunks; row < tile.count; row += Shape::threads / chunks)
-      store_chunk(target, position_at(list, tile.first + row), chunk,
+    for (int row = static_cast<int>(threadIdx.x) / chunks; row < count; row += Shape::threads / chunks)
+      store_chunk(target, position_at(list, first + row), chunk,
                   prim::ld_shared<uint4>(chunk_address<dim>(rounded, row, chunk)));
   }
 
   const Problem& problem_;
   const DevicePlan& plan_;
   const BackwardArrays& arrays_;
-  const KeyTile tile_;
+  const KeptKeyTile tile_{kept_};
+  const int warp_;
   Accumulator<key_m, key_n> grad_key_, grad_value_;
 };
 

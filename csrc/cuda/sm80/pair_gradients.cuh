@@ -39,10 +39,10 @@ struct PairPlace {
   const DevicePlan& plan;
   const Sequence& sequence;
   const std::int32_t* positions;  // of the group's list
-  std::int32_t keys;              // its size
+  std::int32_t keys;              // its size, or the end of the tile
   int group;
-  std::int32_t head, first_entry, first_key;  // of the warp's first row and key
-  int first_row;                              // in the table of the tile's rows
+  std::int32_t head, first_entry, first_key;  // of the tiles
+  int row, key;                               // the warp's first in the tiles
   float exponent;                             // c
 };
 
@@ -61,7 +61,7 @@ PRIM void dropout_factors(const PairDropout& dropout, const PairPlace& at, std::
 #pragma unroll
   for (int n = 0; n < N; n += 4) {
     std::uint32_t word[4];
-    dropout.words(row, at.first_key / 8 + n + lane_of_thread() % 4, word);
+    dropout.words(row, (at.first_key + at.key) / 8 + n + lane_of_thread() % 4, word);
     transpose_quad(word);
 #pragma unroll
     for (int i = 0; i < 4 && n + i < N; ++i)
@@ -75,15 +75,14 @@ PRIM void dropout_factors(const PairDropout& dropout, const PairPlace& at, std::
 template <class T, bool WithWeights, bool Cut, int Rows, int Keys, int M, int N>
 PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, const Accumulator<M, N>& t,
                               const Accumulator<M, N>& g, LanePlace<Keys> score_gradients, LanePlace<Keys> weights) {
-  const int first_row = at.first_row + lane_of_thread() / 4;
-  const std::int32_t first_key = at.first_key + fragment_column();
+  const int row = at.row + lane_of_thread() / 4, key = at.key + fragment_column();
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = 16 * m + 8 * h;
-      const auto facts = prim::ld_shared<RowFacts<float>>(table.facts(first_row + r));
-      const int2 seen = Cut ? prim::ld_shared<int2>(table.seen(first_row + r)) : int2{};
+      const RowFacts<float> facts = table.facts(row + r);
+      const Interval seen = Cut ? table.seen(row + r) : Interval{};
       const float rest = prim::exp2_approx(-facts.low);  // saves a subtraction in each exponent
       const float weight = facts.weight * rest, offset = facts.offset * rest;
 #pragma unroll
@@ -94,8 +93,7 @@ PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, 
           const float p = prim::exp2_approx(fmaf(t[m][n][2 * h + e], at.exponent, -facts.lse));
           w[e] = p * weight;
           ds[e] = p * fmaf(weight, g[m][n][2 * h + e], -offset);
-          const std::int32_t key = first_key + 8 * n + e;
-          if (Cut && (key < seen.x || key >= seen.y)) w[e] = ds[e] = 0.0f;
+          if (Cut && (key + 8 * n + e < seen.begin || key + 8 * n + e >= seen.end)) w[e] = ds[e] = 0.0f;
         }
         prim::st_shared(score_gradients(r, n), prim::pack2<T>(ds[0], ds[1]));
         if (WithWeights) prim::st_shared(weights(r, n), prim::pack2<T>(w[0], w[1]));
@@ -106,8 +104,8 @@ template <class T, bool WithWeights, int Rows, int Keys, int M, int N>
 PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, const Accumulator<M, N>& t,
                               const Accumulator<M, N>& g, LanePlace<Keys> score_gradients, LanePlace<Keys> weights) {
   // Is there a row of the warp that does not see all of its keys?
-  const int2 seen = prim::ld_shared<int2>(table.seen(at.first_row + lane_of_thread() % (16 * M)));
-  if (prim::any_lane(seen.x > at.first_key || seen.y < at.first_key + 8 * N))
+  const Interval seen = table.seen(at.row + lane_of_thread() % (16 * M));
+  if (prim::any_lane(seen.begin > at.key || seen.end < at.key + 8 * N))
     differentiate_plain<T, WithWeights, true>(at, table, t, g, score_gradients, weights);
   else differentiate_plain<T, WithWeights, false>(at, table, t, g, score_gradients, weights);
 }
@@ -130,17 +128,17 @@ PRIM void differentiate_general(const PairPlace& at, const RowTable<Rows>& table
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const std::int32_t key = at.first_key + fragment_column() + 8 * n + e;
+      const std::int32_t key = at.first_key + at.key + fragment_column() + 8 * n + e;
       position[n][e] = key < at.keys ? position_at(at.positions, key) : 0;
     }
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = 16 * m + 8 * h + lane_of_thread() / 4;
-      const auto facts = prim::ld_shared<RowFacts<float>>(table.facts(at.first_row + r));
-      const int2 seen = prim::ld_shared<int2>(table.seen(at.first_row + r));
-      const bool looks = seen.x < seen.y;
+      const int r = at.row + 16 * m + 8 * h + lane_of_thread() / 4;
+      const RowFacts<float> facts = table.facts(r);
+      const Interval seen = table.seen(r);
+      const bool looks = seen.begin < seen.end;
       const std::int32_t row = looks ? row_of(at.plan, at.sequence, at.first_entry + r) : 0;
       float factor[N][2];
       const bool drops = dropout.any() && !(at.group == 1 && looks &&
@@ -151,8 +149,8 @@ PRIM void differentiate_general(const PairPlace& at, const RowTable<Rows>& table
         float w[2] = {0.0f, 0.0f}, ds[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const std::int32_t key = at.first_key + fragment_column() + 8 * n + e;
-          if (key < seen.x || key >= seen.y) continue;
+          const int key = at.key + fragment_column() + 8 * n + e;
+          if (key < seen.begin || key >= seen.end) continue;
           const float product = t[m][n][2 * h + e];
           float p, slope = 1.0f;
           if (natural) {
