@@ -97,8 +97,7 @@ class KeyGradients {
   PRIM KeyGradients(const Problem& problem, const DevicePlan& plan, const BackwardArrays& arrays)
       : problem_(problem),
         plan_(plan),
-        arrays_(arrays),
-        warp_(warp_of_thread()) {}
+        arrays_(arrays) {}
 
   PRIM void run() {
     const KeyTile tile = key_tile(problem_, plan_, arrays_.key_tiles, block(), keys);
@@ -163,6 +162,9 @@ class KeyGradients {
     return row_tiles.next(tile, problem_, plan_, tile_.sequence(), tile_.group(), {tile_.first(), tile_.end()});
   }
 
+  // Places that depend on the warp are made anew in each phase: registers are short.
+  PRIM static int warp() { return static_cast<int>(prim::opaque(threadIdx.x) / warp_size); }
+
   PRIM smem_t query_tile(int turn) const {
     return stages_ + static_cast<smem_t>((arrays_.stages == 2 ? turn & 1 : 0) * 2 * Shape::row_tile_bytes);
   }
@@ -172,7 +174,7 @@ class KeyGradients {
   }
 
   PRIM void begin_keys(const KeyTile& tile) const {
-    const int row = warp_ * loaded_keys;
+    const int row = warp() * loaded_keys;
     const std::int32_t first = tile.first + row;
     const Interval inside{tile.first, tile.first + tile.count};
     const Sequence& s = tile.sequence;
@@ -190,10 +192,10 @@ class KeyGradients {
   PRIM RowSight sight(const RowTile& tile) const {
     if (lane_of_thread() >= loaded_rows) return {};
     return row_sight(problem_, plan_, tile_.sequence(), tile_.group(),
-                     tile.first + warp_ * loaded_rows + lane_of_thread());
+                     tile.first + warp() * loaded_rows + lane_of_thread());
   }
   PRIM void begin_rows(const RowTile& tile, const RowSight& sight, int turn) const {
-    const int row = warp_ * loaded_rows;
+    const int row = warp() * loaded_rows;
     const Sequence s = tile_.sequence();
     RowSource query = row_source(problem_.query, s, s.q_begin, tile.head, 0);
     query.chunks = arrays_.query_chunks;
@@ -208,8 +210,8 @@ class KeyGradients {
   }
 
   PRIM void score(const RowTile& tile, int turn) const {
-    const int row = warp_ / Shape::score_columns * (16 * score_m);
-    const int key = warp_ % Shape::score_columns * (8 * score_n);
+    const int row = warp() / Shape::score_columns * (16 * score_m);
+    const int key = warp() % Shape::score_columns * (8 * score_n);
     Accumulator<score_m, score_n> products, grads;
     clear(products), clear(grads);
     multiply_transposed<T, dim>(products, rows_first<dim>(query_tile(turn) + row * row_bytes<dim>()).fresh(),
@@ -228,16 +230,16 @@ class KeyGradients {
 
   PRIM void accumulate(const RowTile& tile, int turn) {
     {
-      const int key = warp_ / Shape::key_columns * (16 * key_m);
-      const int column = warp_ % Shape::key_columns * (8 * key_n);
+      const int key = warp() / Shape::key_columns * (16 * key_m);
+      const int column = warp() % Shape::key_columns * (8 * key_n);
       const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8).fresh();
       const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8).fresh();
       multiply_left_transposed<T, rows>(grad_value_, weights, rows_first<dim>(output_tile(turn)).from_chunk(column / 8).fresh());
       multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8).fresh());
     }
     if (!arrays_.grad_query) return;
-    const int row = warp_ / Shape::query_columns * (16 * query_m);
-    const int column = warp_ % Shape::query_columns * (8 * query_n);
+    const int row = warp() / Shape::query_columns * (16 * query_m);
+    const int column = warp() % Shape::query_columns * (8 * query_n);
     Accumulator<query_m, query_n> grad_query;
     clear(grad_query);
     multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()).fresh(),
@@ -254,8 +256,8 @@ class KeyGradients {
     keep(grad_value_, arrays_.grad_value + index * keys * arrays_.value_width, arrays_.value_width);
   }
   PRIM void keep(const Accumulator<key_m, key_n>& sum, float* sheet, int width) const {
-    const int key = warp_ / Shape::key_columns * (16 * key_m);
-    const int column = warp_ % Shape::key_columns * (8 * key_n);
+    const int key = warp() / Shape::key_columns * (16 * key_m);
+    const int column = warp() % Shape::key_columns * (8 * key_n);
     store_pieces(sum, sheet_piece(sheet, width, key / 16, column / 8), width, column);
   }
 
@@ -268,8 +270,8 @@ class KeyGradients {
     store(value_tile_, problem_.grad_value, problem_.value_dim);
   }
   PRIM void round(const Accumulator<key_m, key_n>& sum, smem_t tile, float factor) const {
-    const int key = warp_ / Shape::key_columns * (16 * key_m);
-    const int column = warp_ % Shape::key_columns * (8 * key_n);
+    const int key = warp() / Shape::key_columns * (16 * key_m);
+    const int column = warp() % Shape::key_columns * (8 * key_n);
     const auto to = fragment_place<dim>(tile + key * row_bytes<dim>()).from_chunk(column / 8).fresh();
 #pragma unroll
     for (int m = 0; m < key_m; ++m)
@@ -297,7 +299,6 @@ class KeyGradients {
   const DevicePlan& plan_;
   const BackwardArrays& arrays_;
   const KeptKeyTile tile_{kept_};
-  const int warp_;
   Accumulator<key_m, key_n> grad_key_, grad_value_;
 };
 

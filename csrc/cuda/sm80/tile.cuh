@@ -19,8 +19,8 @@ using prim::smem_t;
 
 constexpr int warp_size = 32;
 
-PRIM int lane_of_thread() { return static_cast<int>(threadIdx.x) % warp_size; }
-PRIM int warp_of_thread() { return static_cast<int>(threadIdx.x) / warp_size; }
+PRIM int lane_of_thread() { return static_cast<int>(threadIdx.x % warp_size); }
+PRIM int warp_of_thread() { return static_cast<int>(threadIdx.x / warp_size); }
 
 template <int D>
 PRIM constexpr int row_bytes() {
