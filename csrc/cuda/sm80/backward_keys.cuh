@@ -4,7 +4,7 @@
 //     S = Q K^T    dP = dO V^T    dV += W^T dO    dK += dS^T Q    dQ += dS K
 //
 // dV and dK stay in registers until all rows have passed. dQ of a pair of tiles is added to a sheet (sheet.cuh) in
-// global memory, which another kernel scales and rounds; where Problem::deterministic, backward_rows.cuh makes it.
+// global memory, which another kernel scales and rounds; where Problem::deterministic, backward_queries.cuh makes it.
 // dK and dQ are multiplied by scale at the end only.
 //
 // Where there are fewer tiles of keys than the GPU has room for, `parts` blocks share a tile: each meets a part of its
@@ -14,7 +14,7 @@
 // two stages the next tile of rows is on its way while one is worked on.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/sm80/backward_arrays.cuh"
 #include "cuda/sm80/pair_gradients.cuh"
 #include "cuda/sm80/sheet.cuh"
 
@@ -34,35 +34,6 @@ struct BackwardShape {
     return 2 * key_bytes + 2 * pair_bytes + stages * 2 * row_tile_bytes + 2 * RowTable<rows>::bytes + 128;
   }
 };
-
-struct BackwardArrays {
-  const RowFacts<float>* facts = nullptr;
-  float* grad_query = nullptr;  // a sheet for each query head; null: not wanted
-  int query_chunks = 0, value_chunks = 0, query_width = 0;
-  std::int64_t query_stride = 0;  // numbers from one head's sheet to the next
-  // parts > 1: sheets of dK and dV, [part][block of the grid without parts]
-  float *grad_key = nullptr, *grad_value = nullptr;
-  int key_width = 0, value_width = 0, parts = 1;
-  std::int64_t key_tiles = 0, blocks = 0;  // tile_count of keys; blocks of the grid, without parts
-  int stages = 2;
-  float exponent = 0, scale = 0;  // scale log2(e); scale
-};
-
-// Which tile a block owns.
-struct KeyTile {
-  Sequence sequence;
-  std::int32_t kv_head, first, count;  // entries of the group's list; count <= 0: none
-  int group;
-};
-PRIM KeyTile key_tile(const Problem& problem, const DevicePlan& plan, std::int64_t tiles, std::int64_t block,
-                      int size) {
-  const int groups = problem.groups();
-  const Tile tile = tile_of(problem, plan, block / groups % tiles, size, /*of_keys=*/true);
-  const int group = static_cast<int>(block % groups);
-  const std::int32_t left = list_size(plan, tile.sequence, group) - tile.first;
-  return {tile.sequence, static_cast<std::int32_t>(block / groups / tiles), tile.first, left < size ? left : size,
-          group};
-}
 
 // The same in shared memory, for loops without a register to spare.
 struct KeptKeyTile {
@@ -198,7 +169,7 @@ class KeyGradients {
     const int row = warp() * loaded_rows;
     const Sequence s = tile_.sequence();
     RowSource query = row_source(problem_.query, s, s.q_begin, tile.head, 0);
-    query.chunks = arrays_.query_chunks;
+    query.chunks = arrays_.key_chunks;
     copy_rows<dim, loaded_rows>(query_tile(turn) + row * row_bytes<dim>(), query, sight.row);
     RowSource grad = row_source(problem_.grad_out, s, s.q_begin, tile.head, 0);
     grad.chunks = arrays_.value_chunks;
@@ -244,16 +215,17 @@ class KeyGradients {
     clear(grad_query);
     multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()).fresh(),
                       rows_first<dim>(key_tile_).from_chunk(column / 8).fresh());
-    const int width = arrays_.query_width;
+    const int width = sheet_width(arrays_.key_chunks);
     const std::int64_t piece = hull_index(plan_, tile_.sequence()) * (plan_tile / 16) + (tile.first + row) / 16;
     add_pieces(grad_query, sheet_piece(arrays_.grad_query + tile.head * arrays_.query_stride, width, piece, column / 8),
                width, column);
   }
 
   PRIM void keep() const {
-    const std::int64_t index = part() * arrays_.blocks + block();
-    keep(grad_key_, arrays_.grad_key + index * keys * arrays_.key_width, arrays_.key_width);
-    keep(grad_value_, arrays_.grad_value + index * keys * arrays_.value_width, arrays_.value_width);
+    const std::int64_t first = (part() * arrays_.blocks + block()) * keys;
+    const int key_width = sheet_width(arrays_.key_chunks), value_width = sheet_width(arrays_.value_chunks);
+    keep(grad_key_, arrays_.grad_key + first * key_width, key_width);
+    keep(grad_value_, arrays_.grad_value + first * value_width, value_width);
   }
   PRIM void keep(const Accumulator<key_m, key_n>& sum, float* sheet, int width) const {
     const int key = warp() / Shape::key_columns * (16 * key_m);
@@ -263,36 +235,21 @@ class KeyGradients {
 
   // Through shared memory, where K and V were, to rows.
   PRIM void store() const {
-    round(grad_key_, key_tile_, arrays_.scale);
-    round(grad_value_, value_tile_, 1.0f);
+    const int key = warp() / Shape::key_columns * (16 * key_m);
+    const int column = warp() % Shape::key_columns * (8 * key_n);
+    const auto to = fragment_place<dim>(key_tile_ + key * row_bytes<dim>()).from_chunk(column / 8);
+    store_rounded<T>(grad_key_, arrays_.scale, to);
+    store_rounded<T>(grad_value_, 1.0f, to.at(value_tile_ - key_tile_));
     prim::syncthreads();
     store(key_tile_, problem_.grad_key, problem_.head_dim);
     store(value_tile_, problem_.grad_value, problem_.value_dim);
   }
-  PRIM void round(const Accumulator<key_m, key_n>& sum, smem_t tile, float factor) const {
-    const int key = warp() / Shape::key_columns * (16 * key_m);
-    const int column = warp() % Shape::key_columns * (8 * key_n);
-    const auto to = fragment_place<dim>(tile + key * row_bytes<dim>()).from_chunk(column / 8).fresh();
-#pragma unroll
-    for (int m = 0; m < key_m; ++m)
-#pragma unroll
-      for (int n = 0; n < key_n; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          prim::st_shared(to(16 * m + 8 * h, n),
-                          prim::pack2<T>(factor * sum[m][n][2 * h], factor * sum[m][n][2 * h + 1]));
-  }
-  PRIM void store(smem_t rounded, const Output& result, std::int64_t features) const {
+  PRIM void store(smem_t tile, const Output& result, std::int64_t features) const {
     const Sequence s = tile_.sequence();
-    const RowTarget target = row_target(result, s, s.k_begin, tile_.kv_head(), features);
     const std::int32_t* list = positions();
-    const std::int32_t first = tile_.first(), count = tile_.count();
-    constexpr int chunks = dim / 8;
-    const int chunk = static_cast<int>(threadIdx.x) % chunks;
-    if (8 * chunk >= features) return;
-    for (int row = static_cast<int>(threadIdx.x) / chunks; row < count; row += Shape::threads / chunks)
-      store_chunk(target, position_at(list, first + row), chunk,
-                  prim::ld_shared<uint4>(chunk_address<dim>(rounded, row, chunk)));
+    const std::int32_t first = tile_.first();
+    store_tile<dim>(tile, row_target(result, s, s.k_begin, tile_.kv_head(), features), tile_.count(), Shape::threads,
+                    [&](int row) { return position_at(list, first + row); });
   }
 
   const Problem& problem_;

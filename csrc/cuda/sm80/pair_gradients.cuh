@@ -5,17 +5,10 @@
 //     W  = weight Z P                 dV += W^T dO
 #pragma once
 
+#include "cuda/sm80/gradient_rows.cuh"
 #include "cuda/sm80/row_tiles.cuh"
 
 namespace mmca::cuda::sm80 {
-
-// The place of a lane's two numbers of row lane / 4 and columns 2 (lane % 4) and the next, in a tile that takes rounded
-// accumulators: place(row, chunk), `row` a multiple of 8, is where those of rows row.. and columns 8 chunk.. go.
-template <int D>
-PRIM LanePlace<D> fragment_place(smem_t tile) {
-  const int lane = lane_of_thread();
-  return {chunk_address<D>(tile, lane / 4, 0) + static_cast<smem_t>(lane % 4 * 4)};
-}
 
 // word[j] of lane t of four: word[t] of lane j.
 PRIM void transpose_quad(std::uint32_t (&word)[4]) {

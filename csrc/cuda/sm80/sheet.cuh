@@ -5,11 +5,11 @@
 // four at float 4 l of the piece. Every access of a warp to a piece is thus one run of 512 bytes.
 #pragma once
 
-#include "cuda/sm80/tile.cuh"
+#include "cuda/sm80/gradient_rows.cuh"
 
 namespace mmca::cuda::sm80 {
 
-constexpr int sheet_width(std::int64_t dim) { return static_cast<int>((dim + 7) / 8 * 8); }
+PRIM constexpr int sheet_width(int chunks) { return 8 * chunks; }
 
 // The lane's numbers of the piece of rows 16 m .. and columns 8 n .. .
 template <class Pointer>
@@ -35,33 +35,6 @@ PRIM void add_pieces(const Accumulator<M, N>& d, float* piece, int width, int co
     for (int n = 0; n < N; ++n)
       if (column + 8 * n < width)
         prim::atomic_add_quad(piece + 128 * n, float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
-}
-
-// One head's rows of a result, which need not lie at aligned addresses.
-struct RowTarget {
-  unsigned char* data;
-  std::int64_t row, feature;  // strides in bytes
-  std::int32_t features;
-};
-PRIM RowTarget row_target(const Output& x, const Sequence& sequence, std::int64_t begin, std::int64_t head,
-                          std::int64_t features) {
-  return {static_cast<unsigned char*>(x.data) + 2 * row_offset(x, sequence, begin, head, 0), 2 * x.row, 2 * x.feature,
-          static_cast<std::int32_t>(features)};
-}
-
-// Writes numbers 8 chunk .. 8 chunk + 7 of a row, as far as there are so many.
-PRIM void store_chunk(const RowTarget& target, std::int32_t row, int chunk, uint4 numbers) {
-  unsigned char* to = target.data + row * target.row + 8 * chunk * target.feature;
-  if (target.feature == 2 && 8 * chunk + 8 <= target.features && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
-    prim::st_global_16(to, numbers);
-    return;
-  }
-  const std::uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (8 * chunk + i < target.features)
-      prim::st_global(reinterpret_cast<std::uint16_t*>(to + i * target.feature),
-                      static_cast<std::uint16_t>(pairs[i / 2] >> 16 * (i % 2)));
 }
 
 // Rows `g` and `g` + 8 of the piece at `piece` (its first number), times `factor`; summed over `parts` sheets.
