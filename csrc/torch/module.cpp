@@ -65,21 +65,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force, "isa"_a,
         "Restricts kernel selection to one instruction set (None: the best); for tests and measurements.");
 
-  // The kernels themselves: no dispatcher, no autograd; CPU tensors; arguments as in the operators' schemas.
+  // The kernels themselves: no dispatcher, no autograd; arguments as in the operators' schemas.
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("attention_forward", &attention, "query"_a, "key"_a, "value"_a, "attn_mask"_a = py::none(),
         "gate"_a = py::none(), "key_mask"_a = py::none(), "modality"_a = py::none(), "image_id"_a = py::none(),
         "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "rng_state"_a = py::none(),
         "save_for_backward"_a = false, "image_rows"_a = "self", "merge"_a = "sum", "scale"_a = py::none(),
         "softcap"_a = 0.0, "is_causal"_a = false, "window_left"_a = -1, "window_right"_a = -1,
-        "max_seqlen_q"_a = py::none(), "max_seqlen_k"_a = py::none(), "dropout_p"_a = 0.0, no_gil,
-        "The forward kernel itself -> (out, lse, lse_low, group_out).");
+        "max_seqlen_q"_a = py::none(), "max_seqlen_k"_a = py::none(), "dropout_p"_a = 0.0, "deterministic"_a = false,
+        no_gil, "The forward kernel itself -> (out, lse, lse_low, group_out).");
   m.def("attention_backward", &attention_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a,
         "lse"_a, "lse_low"_a, "group_out"_a, "attn_mask"_a = py::none(), "gate"_a = py::none(),
         "key_mask"_a = py::none(), "modality"_a = py::none(), "image_id"_a = py::none(), "cu_seqlens_q"_a = py::none(),
         "cu_seqlens_k"_a = py::none(), "rng_state"_a = py::none(), "attn_mask_gradient"_a = false,
         "image_rows"_a = "self", "merge"_a = "sum", "scale"_a = py::none(), "softcap"_a = 0.0, "is_causal"_a = false,
         "window_left"_a = -1, "window_right"_a = -1, "max_seqlen_q"_a = py::none(), "max_seqlen_k"_a = py::none(),
-        "dropout_p"_a = 0.0, no_gil,
+        "dropout_p"_a = 0.0, "deterministic"_a = false, no_gil,
         "The backward kernel itself -> (grad_query, grad_key, grad_value, grad_attn_mask, grad_gate).");
 }
