@@ -18,12 +18,12 @@ SOURCES = ROOT / "tests" / "emulation"
 BUILD = ROOT / "build" / "emulation"
 EMULATOR = sorted(SOURCES / f"{name}.cpp" for name in ("emulator", "memory", "shadow", "tensor_core"))
 
-# Line numbers for faults that only a signal tells of; variables that begin as -1.7e38 or -16843010, not as what lay
-# there; undefined behaviour (an index beyond a local array, an overflow, too wide a shift) that stops the kernel.
-FLAGS = (
-    "-std=c++20 -O2 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -ftrivial-auto-var-init=pattern "
-    "-fsanitize=bounds,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
-).split()
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-g1"]  # for the line of a fault that only a signal tells of
+FLAGS += ["-ftrivial-auto-var-init=pattern"]  # most variables begin as -1.7e38, not as what lay there
+# What is undefined in C++ ends the launch, at its line: an index beyond a local array, an overflow, a shift too wide.
+FLAGS += ["-fsanitize=bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
+FLAGS += ["-fno-tree-tail-merge", "-fno-crossjumping"]
 INCLUDES = [f"-I{SOURCES / 'include'}", f"-I{ROOT / 'csrc'}"]
 READ, WRITE, WRITE_FIRST = range(3)  # emulation_register
 ASCENDING, DESCENDING, RANDOM = range(3)  # emulation_order

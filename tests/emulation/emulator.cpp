@@ -85,8 +85,8 @@ mmca_switch_stacks:
 )");
 constexpr int saved_registers = 6;
 
-constexpr std::size_t page = 4096, stack_bytes = 256 * 1024, stack_stride = stack_bytes + page;
-unsigned char* stacks;  // each above a page that cannot be touched
+constexpr std::size_t stack_bytes = 256 * 1024, guard_bytes = 64 * 1024, stack_stride = guard_bytes + stack_bytes;
+unsigned char* stacks;  // each above a guard that cannot be touched
 
 void make_stacks() {
   if (stacks) return;
@@ -94,7 +94,7 @@ void make_stacks() {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) std::perror("stacks of the emulation"), std::abort();
   stacks = static_cast<unsigned char*>(memory);
-  for (int i = 0; i < max_threads; ++i) mprotect(stacks + i * stack_stride, page, PROT_NONE);
+  for (int i = 0; i < max_threads; ++i) mprotect(stacks + i * stack_stride, guard_bytes, PROT_NONE);
 }
 
 void switch_to(Thread& next) {
@@ -276,7 +276,7 @@ const char* meaning(int number, const void* address) {
   const unsigned char* guard = stacks + current->number * stack_stride;
   if (number == SIGFPE) return "integer division by zero";
   if (number == SIGILL) return "undefined behaviour, found by the compiler's checks";
-  if (byte >= guard && byte < guard + page) return "stack overflow";
+  if (byte >= guard && byte < guard + guard_bytes) return "stack overflow";
   return "access through a plain pointer";
 }
 
