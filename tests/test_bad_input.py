@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from operators import BACKWARD, arguments, as_in_the_schema, forward, refused
+from torch._subclasses import FakeTensorMode
 
 import mmca_ext
 from mmca_ext import _C, functional
@@ -405,7 +406,7 @@ META = [
 @pytest.mark.parametrize("call, name, given", META)
 def test_another_device(call, name, given):
     """A tensor elsewhere is an error, not a result of uninitialised memory."""
-    with refused(ValueError, rf"mmca_ext: {name} must be on query's device cpu, got meta"):
+    with refused(ValueError, rf"mmca_ext: {name} must be on (query's device cpu|the CPU), got meta"):
         call(Q, K, V, **{**given, name: given[name].to("meta")})
 
 
@@ -418,8 +419,14 @@ def test_query_key_or_value_on_another_device(index):
 
 
 def test_kernels_entry_points_want_the_cpu():
-    with refused(ValueError, "tensors must be on the CPU, got meta"):
+    with refused(ValueError, "tensors must be on the CPU or a CUDA device, got meta"):
         mmca_ext._C.attention_forward(Q.to("meta"), K.to("meta"), V.to("meta"))
+
+
+@pytest.mark.skipif(bool(mmca_ext._C.build_info()["cuda"]), reason="this build has CUDA kernels")
+def test_cuda_tensors_without_cuda_kernels():
+    with FakeTensorMode(), refused(RuntimeError, "on cuda:0, but this build of mmca_ext has no CUDA kernels"):
+        mmca_ext._C.attention_forward(*(torch.empty(1, 2, 3, 8, device="cuda") for _ in range(3)))
 
 
 def test_other_kinds_of_tensors_are_refused_or_right():

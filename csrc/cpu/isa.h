@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "core/exp2_constants.h"
 #include "core/half.h"
 #include "core/philox.h"
 #include "core/plan.h"

@@ -128,6 +128,8 @@ struct LanePlace {
   PRIM LanePlace at(smem_t offset) const { return {lane + offset}; }
   // The same place; addresses made from it are made anew where they are used, instead of kept in registers.
   PRIM LanePlace fresh() const { return {prim::opaque(lane)}; }
+  // From `chunk` on, a multiple of the power of 2 above the chunks that will be asked for.
+  PRIM LanePlace from_chunk(int chunk) const { return {(*this)(0, chunk)}; }
 };
 // Matrices in the order (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1).
 template <int D>
@@ -210,6 +212,21 @@ PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, L
 #pragma unroll
     for (int m = 0; m < M; ++m) load_a(a[m], x_rows_first, 16 * m, chunk);
     multiply_columns<T>(d, a, y_chunks_first, chunk);
+  }
+}
+
+// d += a y: a is 16 columns, y the 16 rows from `row` on.
+template <class T, int D, int M, int N>
+PRIM void multiply_rows(Accumulator<M, N>& d, const std::uint32_t (&a)[M][4], LanePlace<D> y_rows_first, int row) {
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    std::uint32_t b[4];
+    load_b_trans(b, y_rows_first, row, n);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
+      prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
+    }
   }
 }
 

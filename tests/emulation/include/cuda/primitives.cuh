@@ -169,7 +169,7 @@ struct DeviceFacts {
 inline DeviceFacts device_facts() { return {emulation::device_sm(), emulation::device_multiprocessors()}; }
 
 inline std::string error_text(int error) { return error ? emulation::last_error() : std::string(); }
-inline bool is_missing_kernel(int) { return false; }
+inline bool is_missing_kernel(int error) { return error == emulation::missing_kernel; }
 
 inline int fill_zero(void* p, std::size_t bytes, stream_t) { return emulation::fill_zero(p, bytes); }
 
