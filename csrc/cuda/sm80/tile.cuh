@@ -230,21 +230,6 @@ PRIM void multiply_rows(Accumulator<M, N>& d, const std::uint32_t (&a)[M][4], La
   }
 }
 
-// d += a y: a is 16 columns, y the 16 rows from `row` on.
-template <class T, int D, int M, int N>
-PRIM void multiply_rows(Accumulator<M, N>& d, const std::uint32_t (&a)[M][4], LanePlace<D> y_rows_first, int row) {
-#pragma unroll
-  for (int n = 0; n < N; n += 2) {
-    std::uint32_t b[4];
-    load_b_trans(b, y_rows_first, row, n);
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
-      prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
-    }
-  }
-}
-
 // d += p y: p an accumulator of K n8 columns, rounded to T; y has 8 K rows, of which columns 0 .. 8 N - 1 are taken.
 template <class T, int D, int M, int N, int K>
 PRIM void multiply_rounded(Accumulator<M, N>& d, const Accumulator<M, K>& p, LanePlace<D> y_rows_first) {
