@@ -1,8 +1,11 @@
 // Fibers, their scheduling, barriers, launches, and the functions for tests.
 #include "emulator.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
@@ -40,7 +43,7 @@ struct Block {
   Location at;
 };
 
-std::recursive_mutex lock;  // one launch, one call of a test's function at a time
+std::mutex lock;  // one launch, one call of a test's function at a time
 thread_local std::string error;
 
 Thread threads[max_threads];
@@ -82,8 +85,8 @@ mmca_switch_stacks:
 )");
 constexpr int saved_registers = 6;
 
-constexpr std::size_t page = 4096, stack_bytes = 256 * 1024, stack_stride = stack_bytes + page;
-unsigned char* stacks;  // each above a page that cannot be touched
+constexpr std::size_t stack_bytes = 256 * 1024, guard_bytes = 64 * 1024, stack_stride = guard_bytes + stack_bytes;
+unsigned char* stacks;  // each above a guard that cannot be touched
 
 void make_stacks() {
   if (stacks) return;
@@ -91,7 +94,7 @@ void make_stacks() {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) std::perror("stacks of the emulation"), std::abort();
   stacks = static_cast<unsigned char*>(memory);
-  for (int i = 0; i < max_threads; ++i) mprotect(stacks + i * stack_stride, page, PROT_NONE);
+  for (int i = 0; i < max_threads; ++i) mprotect(stacks + i * stack_stride, guard_bytes, PROT_NONE);
 }
 
 void switch_to(Thread& next) {
@@ -112,6 +115,12 @@ void start(Thread& thread) {
   *--stack = reinterpret_cast<void*>(&thread_main);
   for (int i = 0; i < saved_registers; ++i) *--stack = nullptr;
   thread.stack_pointer = stack;
+}
+
+void report(int thread, const std::string& where, const std::string& what) {
+  error = where + ": block " + std::to_string(blockIdx.x);
+  if (gridDim.y > 1 || gridDim.z > 1) error += "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z);
+  error += " thread " + std::to_string(thread) + ": " + what;
 }
 
 // ---- scheduling ------------------------------------------------------------------------------------------------
@@ -207,9 +216,7 @@ void fail(int thread, Location at, const char* format, ...) {
   va_start(values, format);
   std::vsnprintf(text, sizeof text, format, values);
   va_end(values);
-  error = site(at) + ": block " + std::to_string(blockIdx.x);
-  if (gridDim.y > 1 || gridDim.z > 1) error += "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z);
-  error += " thread " + std::to_string(thread) + ": " + text;
+  report(thread, site(at), text);
   switch_to(host);
   std::abort();
 }
@@ -255,19 +262,56 @@ int device_multiprocessors() { return multiprocessors; }
 
 namespace {
 
-// A plain access to memory that is not there, a stack that is too small, or a division by zero in a kernel. The stack
-// that the signal is handled on is left for good.
-void on_signal(int number, siginfo_t* info, void*) {
-  if (!current || current == &host) {
+// What a signal said of the thread that raised it.
+struct Fault {
+  const char* what = nullptr;
+  int thread = 0;
+  const void* instruction = nullptr;
+};
+Fault fault;
+pthread_t launching_thread;
+
+const char* meaning(int number, const void* address) {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  const unsigned char* guard = stacks + current->number * stack_stride;
+  if (number == SIGFPE) return "integer division by zero";
+  if (number == SIGILL) return "undefined behaviour, found by the compiler's checks";
+  if (byte >= guard && byte < guard + guard_bytes) return "stack overflow";
+  return "access through a plain pointer";
+}
+
+// The launch ends, and the stack that the signal is handled on is left for good.
+void on_signal(int number, siginfo_t* info, void* context) {
+  if (!current || current == &host || !pthread_equal(pthread_self(), launching_thread)) {
     ::signal(number, SIG_DFL);
     return;
   }
-  const auto* address = static_cast<const unsigned char*>(info->si_addr);
-  const unsigned char* guard = stacks + current->number * stack_stride;
-  const char* what = number == SIGFPE                             ? "integer division by zero"
-                     : address >= guard && address < guard + page ? "stack overflow"
-                                                                  : "access through a plain or wild pointer";
-  fail(current->number, current->at, "%s, after the primitive here", what);
+  const auto instruction = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP];
+  fault = {meaning(number, info->si_addr), current->number, reinterpret_cast<const void*>(instruction)};
+  switch_to(host);
+}
+
+// "file:line" of an instruction, or nothing: needs debug information and addr2line.
+std::string site_of(const void* instruction) {
+  Dl_info library;
+  if (!dladdr(instruction, &library)) return "";
+  const auto offset = static_cast<const char*>(instruction) - static_cast<const char*>(library.dli_fbase);
+  char command[1200], line[300] = "";
+  std::snprintf(command, sizeof command, "addr2line -s -e '%s' %#tx 2>/dev/null", library.dli_fname, offset);
+  if (std::FILE* output = popen(command, "r")) {
+    if (!std::fgets(line, sizeof line, output)) line[0] = 0;
+    pclose(output);
+  }
+  line[std::strcspn(line, " \n")] = 0;
+  return std::strchr(line, '?') ? "" : line;
+}
+
+void report_fault() {
+  const Fault found = fault;
+  fault = {};
+  const std::string exact = site_of(found.instruction);
+  report(found.thread, exact.empty() ? site(threads[found.thread].at) : exact,
+         found.what + std::string(exact.empty() ? ", after the primitive here" : ""));
 }
 
 // Signals that kernels may raise become errors, for the length of a launch.
@@ -290,8 +334,8 @@ class SignalGuard {
   SignalGuard& operator=(const SignalGuard&) = delete;
 
  private:
-  static constexpr int count = 3;
-  static constexpr int signals[count] = {SIGSEGV, SIGBUS, SIGFPE};
+  static constexpr int count = 4;
+  static constexpr int signals[count] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
   inline static unsigned char stack_[64 * 1024];
   stack_t previous_stack_{};
   struct sigaction previous_[count];
@@ -360,7 +404,7 @@ std::string refusal(dim3 grid, dim3 threads_of, std::size_t shared_bytes) {
 }  // namespace
 
 int run_grid(dim3 grid, dim3 threads_of_block, std::size_t shared_bytes, void (*entry)(void*), void* kernel) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   error = refusal(grid, threads_of_block, shared_bytes);
   if (!error.empty()) return 1;
   make_stacks();
@@ -379,9 +423,11 @@ int run_grid(dim3 grid, dim3 threads_of_block, std::size_t shared_bytes, void (*
   std::fesetenv(FE_DFL_ENV);
   {
     const SignalGuard signals;
+    launching_thread = pthread_self();
     for (const std::uint32_t number : order_of_blocks(std::uint64_t{grid.x} * grid.y * grid.z)) {
       blockIdx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
       run_block();
+      if (fault.what) report_fault();
       if (!error.empty()) break;
     }
     current = nullptr;
@@ -391,7 +437,7 @@ int run_grid(dim3 grid, dim3 threads_of_block, std::size_t shared_bytes, void (*
 }
 
 int fill_zero(void* p, std::size_t bytes) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   error = zero_global(p, bytes) ? "" : "fill_zero: " + std::to_string(bytes) + " bytes outside what may be written";
   return error.empty() ? 0 : 1;
 }
@@ -403,35 +449,35 @@ int fill_zero(void* p, std::size_t bytes) {
 using namespace mmca::emulation;
 
 void* emulation_register(void* pointer, std::size_t bytes, int access, const char* name) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   void* address = register_region(pointer, bytes, access, name);
   error = address || !pointer ? "" : std::string(name) + " overlaps another registered range in part";
   return address;
 }
 int emulation_unregister(void* pointer) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   return unregister_region(pointer) ? 0 : 1;
 }
 void emulation_unregister_all() {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   unregister_all_regions();
 }
 void emulation_order(int mode, std::uint32_t seed) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   order = static_cast<Order>(std::clamp(mode, 0, 2));
   generator.seed(seed);
 }
 void emulation_check_level(int wanted) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   level = static_cast<Level>(std::clamp(wanted, 0, 2));
 }
 void emulation_device(int new_sm, int count) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   sm = new_sm, multiprocessors = count;
 }
 const char* emulation_last_error() { return error.c_str(); }
 void emulation_statistics(std::uint64_t* out) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
+  const std::lock_guard<std::mutex> guard(lock);
   std::memcpy(out, &statistics, sizeof statistics);
   statistics = {};
 }

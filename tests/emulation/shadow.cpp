@@ -1,6 +1,5 @@
 #include "shadow.h"
 
-#include <algorithm>
 #include <bit>
 
 namespace mmca::emulation {
@@ -59,7 +58,7 @@ void Shadow::set_initialised(std::size_t offset, std::size_t bytes) {
   if (bytes == 0) return;
   for (Cell *cell = first(offset, bytes), *end = cell + (bytes >> shift_); cell != end; ++cell) {
     *cell = Cell();
-    cell->written = std::max(times.now, 1u);
+    cell->written = times.now;
   }
 }
 

@@ -20,7 +20,7 @@
 namespace mmca::emulation {
 
 struct Times {
-  std::uint32_t now = 0, launch = 0, block = 0, barrier = 0;
+  std::uint32_t now = 1, launch = 0, block = 0, barrier = 0;  // 0: before all
 };
 extern Times times;
 
