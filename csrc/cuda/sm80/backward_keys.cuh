@@ -114,11 +114,12 @@ class KeyGradients {
 
  private:
   static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows;
-  static constexpr int loaded_rows = rows / Shape::warps, loaded_keys = keys / Shape::warps;
+  static constexpr int loaded_rows = rows / Shape::warps < 8 ? 8 : rows / Shape::warps;  // by a warp, if any
+  static constexpr int loaded_keys = keys / Shape::warps;
   static constexpr int score_m = rows / Shape::score_rows / 16, score_n = keys / Shape::score_columns / 8;
   static constexpr int key_m = keys / Shape::key_rows / 16, key_n = dim / Shape::key_columns / 8;
   static constexpr int query_m = rows / Shape::query_rows / 16, query_n = dim / Shape::query_columns / 8;
-  static_assert(score_n % 2 == 0 && key_n % 2 == 0 && query_n % 2 == 0);
+  static_assert(score_n % 2 == 0 && key_n % 2 == 0 && query_n % 2 == 0 && loaded_keys % 8 == 0 && rows <= 128);
 
   static constexpr smem_t key_tile_ = 0, value_tile_ = Shape::key_bytes, gradient_tile_ = 2 * Shape::key_bytes,
                           weight_tile_ = gradient_tile_ + Shape::pair_bytes,
@@ -164,6 +165,7 @@ class KeyGradients {
   }
   PRIM void begin_rows(const RowTile& tile, const RowSight& sight, int turn) const {
     const int row = warp_of_thread() * loaded_rows;
+    if (row >= rows) return;
     const Sequence s = tile_.sequence();
     RowSource query = row_source(problem_.query, s, s.q_begin, tile.head, 0);
     query.chunks = arrays_.key_chunks;
@@ -215,7 +217,7 @@ class KeyGradients {
     const int width = sheet_width(arrays_.key_chunks);
     const std::int64_t piece = hull_index(plan_, tile_.sequence()) * (plan_tile / 16) + (tile.first + row) / 16;
     add_pieces(grad_query, sheet_piece(arrays_.grad_query + tile.head * arrays_.query_stride, width, piece, column / 8),
-               width, column);
+               width, column, tile_.sequence().q_len - tile.first - row);
   }
 
   PRIM void keep() const {
