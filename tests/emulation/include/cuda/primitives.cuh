@@ -64,6 +64,12 @@ PRIM void atomic_add_pair(float* p, float x, float y, MMCA_HERE) {
   atomic_add_to(p, 8, x, at);
   atomic_add_to(p + 1, 4, y, at);
 }
+PRIM void atomic_add_quad(float* p, float4 x, MMCA_HERE) {
+  atomic_add_to(p, 16, x.x, at);
+  atomic_add_to(p + 1, 4, x.y, at);
+  atomic_add_to(p + 2, 4, x.z, at);
+  atomic_add_to(p + 3, 4, x.w, at);
+}
 
 template <int Bytes>
 void cp_async(smem_t dst, const void* src, bool valid, MMCA_HERE) {
