@@ -10,10 +10,10 @@ PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 # Folders too, so that a new or a deleted file is noticed.
-BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
+BUILD_INPUTS := setup.py cuda_compiler.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench bench-cpp fuzz soak mutants packaging sanitize neon lint format build clean
+.PHONY: help demo test bench bench-cpp fuzz soak cuda-report mutants packaging sanitize neon lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,9 @@ SOAK_REPEATS ?= 2000
 soak: build  ## train for long: memory stays flat; run again and again: the same bits
 	MMCA_EXT_SOAK_STEPS=$(SOAK_STEPS) MMCA_EXT_SOAK_REPEATS=$(SOAK_REPEATS) \
 	  $(PY) -m pytest -q tests/test_soak.py tests/faults/test_determinism.py
+
+cuda-report:  ## registers, stack and spills of every CUDA kernel that the last build compiled
+	@$(PY) cuda_compiler.py --report build
 
 mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale")
 	$(PY) tests/mutants.py $(MUTANTS)

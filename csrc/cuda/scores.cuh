@@ -56,10 +56,11 @@ class PairScores {
   PRIM void with_bias(F&& f) const {
     if (!bias_) return;
     switch (bias_dtype_) {
-      case DType::f32: return f([this](auto row, auto key) { return bias_as<float>(bias_at(row, key)); });
-      case DType::f64: return f([this](auto row, auto key) { return bias_as<double>(bias_at(row, key)); });
-      case DType::bf16: return f([this](auto row, auto key) { return bias_as<BFloat16>(bias_at(row, key)); });
-      case DType::f16: return f([this](auto row, auto key) { return bias_as<Float16>(bias_at(row, key)); });
+      case DType::f32: return f([this](auto row, auto key) { return number_of<T, float>(bias_, bias_at(row, key)); });
+      case DType::f64: return f([this](auto row, auto key) { return number_of<T, double>(bias_, bias_at(row, key)); });
+      case DType::bf16:
+        return f([this](auto row, auto key) { return number_of<T, BFloat16>(bias_, bias_at(row, key)); });
+      case DType::f16: return f([this](auto row, auto key) { return number_of<T, Float16>(bias_, bias_at(row, key)); });
     }
   }
 
@@ -67,24 +68,9 @@ class PairScores {
   PRIM static float tanh_of(float x) { return tanhf(x); }
   PRIM static double tanh_of(double x) { return tanh(x); }
 
-  PRIM T bias(std::int64_t row, std::int64_t key) const {
-    const std::int64_t at = bias_at(row, key);
-    switch (bias_dtype_) {
-      case DType::f32: return bias_as<float>(at);
-      case DType::f64: return bias_as<double>(at);
-      case DType::bf16: return bias_as<BFloat16>(at);
-      case DType::f16: break;
-    }
-    return bias_as<Float16>(at);
-  }
+  PRIM T bias(std::int64_t row, std::int64_t key) const { return number_at<T>(bias_, bias_dtype_, bias_at(row, key)); }
   PRIM std::int64_t bias_at(std::int64_t row, std::int64_t key) const {
     return bias_first_ + row * bias_row_ + key * bias_key_;
-  }
-  template <class Stored>
-  PRIM T bias_as(std::int64_t at) const {
-    if constexpr (sizeof(Stored) == 2)
-      return static_cast<T>(prim::to_float<Stored>(ld_global(static_cast<const std::uint16_t*>(bias_) + at)));
-    else return static_cast<T>(ld_global(static_cast<const Stored*>(bias_) + at));
   }
 
   const std::uint8_t* mask_;

@@ -2,7 +2,14 @@
 // autograd) and what there is to know about this build and this processor.
 #include <torch/csrc/utils/pybind.h>
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <map>
+
 #include "core/kernel_table.h"
+#ifdef MMCA_EXT_WITH_CUDA
+#include "cuda/run.h"
+#endif
 #include "torch/build_info.h"
 #include "torch/ops.h"
 
@@ -31,6 +38,34 @@ std::string reason(const Kernel& kernel, const Kernel& chosen, const Kernel& cho
   return std::string(chosen.name) + " is preferred";
 }
 
+#ifdef MMCA_EXT_WITH_CUDA
+// Of each case the first kernel that the current GPU takes serves it.
+void append_cuda_kernels(py::list& list) {
+  const bool supported = c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA);
+  const bool present = supported && c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).deviceCount() > 0;
+  const cuda::Device device = present ? cuda::current_device() : cuda::Device{};
+  std::map<std::pair<Operation, DType>, const char*> serving;
+  for (const cuda::Kernel& kernel : cuda::kernel_table()) {
+    const std::string refused = !supported ? "this torch is built without CUDA"
+                                : !present ? "there is no GPU here"
+                                           : cuda::refusal(kernel, device);
+    const auto best =
+        refused.empty() ? serving.try_emplace({kernel.operation, kernel.dtype}, kernel.name).first : serving.end();
+    const bool selected = refused.empty() && best->second == kernel.name;
+    const std::string family = std::string(kernel.name).substr(5);  // behind "cuda."
+    list.append(py::dict("name"_a = kernel.name, "op"_a = to_string(kernel.operation),
+                         "dtype"_a = to_string(kernel.dtype), "device"_a = "cuda",
+                         "isa"_a = family.substr(0, family.find('.')), "available"_a = refused.empty(),
+                         "selected"_a = selected, "launches"_a = cuda::launches(kernel),
+                         "reason"_a = !refused.empty() ? refused
+                                      : selected       ? "the best this GPU runs"
+                                                       : std::string(best->second) + " is preferred"));
+  }
+}
+#else
+void append_cuda_kernels(py::list&) {}
+#endif
+
 py::list kernels() {
   py::list list;
   for (const Kernel& kernel : kernel_table()) {
@@ -42,6 +77,7 @@ py::list kernels() {
                          "selected"_a = &kernel == &chosen, "launches"_a = launches(kernel),
                          "reason"_a = reason(kernel, chosen, few)));
   }
+  append_cuda_kernels(list);
   return list;
 }
 

@@ -5,14 +5,14 @@
 //     m' = max(m, max t),   p = exp2(c t - c m'),   f = exp2(c m - c m'),   l = f l + sum p,   O = f O + p V
 //
 // p is rounded to 16 bits for the product with V, all else is fp32. After a group, O_r = O / l and lse_r = c m + log2
-// l. With two groups to be merged, O_0 waits in `first_out` until O_1 is there.
+// l. With two groups to be merged, O_0 waits in global memory until O_1 is there.
 //
 // Four warps, each with 16 or 32 of the rows: two m16 tiles share every fragment of keys and values. Shared memory: the
-// tile of queries, the ring of keys and values (key_ring.cuh), the rows' ranges. A warp's output goes through the ring
-// on its way to whole 16-byte stores.
+// tile of queries, the ring of keys and values (key_ring.cuh), and what is asked too rarely to deserve a register. The
+// output goes through the ring on its way to whole 16-byte stores.
 //
 // General kernels have a softcap, a bias, a mask, dropout or a scale that is not positive: there p = exp2(u (s - m)) of
-// scores s, natural (u = log2(e)) or exponents of 2 (u = 1), and tiles are half as large.
+// scores s, natural (u = log2(e)) or exponents of 2 (u = 1).
 #pragma once
 
 #include <algorithm>
@@ -26,6 +26,25 @@
 
 namespace mmca::cuda::sm80 {
 
+template <int D, bool General>
+struct ForwardTile {
+  static constexpr int warps = 4, threads = warps * warp_size;
+  static constexpr int m_tiles = General || D == 256 ? 1 : 2;  // of a warp
+  static constexpr int warp_rows = 16 * m_tiles, rows = warps * warp_rows;
+  static constexpr int keys = 64, buffers = D == 256 ? 2 : 3;
+  static constexpr bool holds_queries = D == 64 && !General;  // in registers
+  using Ring = KeyRing<D, keys, warps, buffers>;
+
+  // Shared memory.
+  static constexpr smem_t queries = 0, ring = rows * row_bytes<D>(), views = ring + Ring::bytes;
+  static constexpr smem_t block = views + warps * sizeof(int4), group = block + sizeof(int4),
+                          unit = group + sizeof(int);
+  static constexpr smem_t bytes = unit + sizeof(float);
+
+  static_assert(warp_rows <= warp_size && rows % plan_tile == 0);
+  static_assert(rows * row_bytes<D>() <= Ring::buffers_bytes, "the output fits into the ring");
+};
+
 // What the kernel needs beside the problem.
 struct ForwardFacts {
   std::int32_t tiles;     // of rows, over all sequences
@@ -35,17 +54,44 @@ struct ForwardFacts {
   bool aligned_out;       // see store_out
 };
 
-PRIM constexpr std::int64_t query_tokens(const Problem& problem) {
-  return problem.q_offsets ? problem.q_len : problem.batch * problem.q_len;
-}
+// A warp's queries as fragments.
+template <int D, int M, bool Held>
+struct HeldQueries {
+  std::uint32_t a[D / 16][M][4];
+
+  PRIM void load(smem_t queries) {
+    const LanePlace<D> place = rows_first<D>(queries);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int m = 0; m < M; ++m) load_a(a[k][m], place, 16 * m, 2 * k);
+  }
+  template <class T, int N>
+  PRIM void multiply(Accumulator<M, N>& s, LanePlace<D> keys_chunks_first) const {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) multiply_columns<T>(s, a[k], keys_chunks_first, 2 * k);
+  }
+};
+template <int D, int M>
+struct HeldQueries<D, M, false> {};
+
+// ---- the running softmax -----------------------------------------------------------------------------------------
 
 template <int M>
 struct RunningSoftmax {
   float top[M][2], sum[M][2];  // m, and this lane's part of l
 };
 
-// p of scores in their place, and the factor of what was summed up before. Unit: what turns a difference of scores into
-// an exponent of 2. Products are positive multiples of scores: c (t - m) in one operation.
+template <int M>
+PRIM void clear(RunningSoftmax<M>& softmax) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax.top[m][h] = -infinity<float>(), softmax.sum[m][h] = 0.0f;
+}
+
+// p of scores in their place, and the factor f of what was summed up before. Products are positive multiples of scores:
+// c (t - m) in one operation.
 template <bool Products, int M, int N>
 PRIM void soften(Accumulator<M, N>& s, RunningSoftmax<M>& softmax, float (&factor)[M][2], float unit) {
 #pragma unroll
@@ -61,38 +107,26 @@ PRIM void soften(Accumulator<M, N>& s, RunningSoftmax<M>& softmax, float (&facto
         return prim::exp2_approx(Products ? fmaf(x, unit, shift) : (x - reference) * unit);
       };
       factor[m][h] = weight(softmax.top[m][h]);
+      float even = 0.0f, odd = 0.0f;
 #pragma unroll
-      for (int n = 0; n < N; ++n)
+      for (int n = 0; n < N; ++n) {
         s[m][n][2 * h] = weight(s[m][n][2 * h]), s[m][n][2 * h + 1] = weight(s[m][n][2 * h + 1]);
-      softmax.sum[m][h] *= factor[m][h];
+        even += s[m][n][2 * h], odd += s[m][n][2 * h + 1];
+      }
+      softmax.sum[m][h] = fmaf(softmax.sum[m][h], factor[m][h], even + odd);
       softmax.top[m][h] = top;
     }
 }
 
-// l += the weights of columns 8 n .. 8 n + 15.
+// d times f. That the sums take part in the question has them summed up before it, not in the shadow of the products
+// that follow, where each weight would live twice: in 32 bits and rounded.
 template <int M, int N>
-PRIM void sum_up(RunningSoftmax<M>& softmax, const Accumulator<M, N>& p, int n) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      softmax.sum[m][h] +=
-          p[m][n][2 * h] + p[m][n][2 * h + 1] + (p[m][n + 1][2 * h] + p[m][n + 1][2 * h + 1]);
-}
-
-template <int M>
-PRIM void clear(RunningSoftmax<M>& softmax) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax.top[m][h] = -infinity<float>(), softmax.sum[m][h] = 0.0f;
-}
-
-template <int M, int N>
-PRIM void scale_rows(Accumulator<M, N>& d, const float (&factor)[M][2]) {
+PRIM void rescale(Accumulator<M, N>& d, const float (&factor)[M][2], const RunningSoftmax<M>& softmax) {
   bool same = true;
 #pragma unroll
-  for (int m = 0; m < M; ++m) same = same && factor[m][0] == 1.0f && factor[m][1] == 1.0f;
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) same = same && factor[m][h] == 1.0f && softmax.sum[m][h] >= 0.0f;
   if (!prim::any_lane(!same)) return;
 #pragma unroll
   for (int m = 0; m < M; ++m)
@@ -102,15 +136,83 @@ PRIM void scale_rows(Accumulator<M, N>& d, const float (&factor)[M][2]) {
       for (int e = 0; e < 4; ++e) d[m][n][e] *= factor[m][e / 2];
 }
 
-// Scores of columns that a row does not see become -inf. `ranges`: of the warp's rows; `first`: the entry of column 0.
+// ---- a block's work ----------------------------------------------------------------------------------------------
+
+struct ForwardBlock {
+  Tile tile;
+  std::int64_t head;
+
+  // A row of the tile as an entry, negative where there is none.
+  PRIM std::int32_t entry(int row) const { return row < tile.count ? tile.first + row : -1; }
+};
+
+// Slowest first: KV heads, tiles from the last (of a causal problem the longest), the query heads of a KV head.
+PRIM void store_block(const Problem& problem, const DevicePlan& plan, const ForwardFacts& facts, int rows, smem_t at) {
+  const auto heads = static_cast<std::uint32_t>(problem.heads_per_kv()), index = blockIdx.x / heads;
+  const std::uint32_t kv_head = index / facts.tiles, head = kv_head * heads + blockIdx.x % heads;
+  const Tile tile = tile_of(problem, plan, facts.tiles - 1 - index % facts.tiles, rows, false);
+  prim::st_shared(at, int4{tile.sequence.index, tile.first, tile.count, static_cast<std::int32_t>(head)});
+}
+PRIM ForwardBlock load_block(const Problem& problem, const DevicePlan& plan, smem_t at) {
+  const int4 x = prim::ld_shared<int4>(at);
+  return {{sequence_at(problem, plan, x.x), x.y, x.z}, x.w};
+}
+
+// Begins to copy a warp's rows of queries, from `row` of the tile on.
+template <int D, int Rows>
+PRIM void copy_queries(const Problem& problem, const DevicePlan& plan, const ForwardBlock& block, int row, smem_t to) {
+  const Sequence& sequence = block.tile.sequence;
+  const std::int32_t entry = lane_of_thread() < Rows ? block.entry(row + lane_of_thread()) : -1;
+  copy_rows<D, Rows>(to, row_source(problem.query, sequence, sequence.q_begin, block.head, problem.head_dim),
+                     entry >= 0 ? row_of(plan, sequence, entry) : -1);
+}
+
+// What a warp's rows see of a list: entries that one of them sees, entries that all see.
+struct WarpView {
+  Interval any, all;
+
+  PRIM bool sees(std::int32_t first, int count) const { return first < any.end && first + count > any.begin; }
+  PRIM bool sees_whole(std::int32_t first, int count) const { return first >= all.begin && first + count <= all.end; }
+};
+PRIM void store_view(const WarpView& v, smem_t at) {
+  prim::st_shared(at, int4{v.any.begin, v.any.end, v.all.begin, v.all.end});
+}
+PRIM WarpView load_view(smem_t at) {
+  const int4 v = prim::ld_shared<int4>(at);
+  return {{v.x, v.y}, {v.z, v.w}};
+}
+
+// Lane r's row r < Rows is row + r of the tile.
+template <int Rows>
+PRIM WarpView view_of_warp(const Problem& problem, const DevicePlan& plan, const ForwardBlock& block, int group,
+                           int row) {
+  constexpr std::int32_t largest = 0x7fffffff;
+  const std::int32_t entry = lane_of_thread() < Rows ? block.entry(row + lane_of_thread()) : -1;
+  Interval any{largest, 0}, all{0, largest};
+  if (entry >= 0) {
+    all = entry_range(problem, plan, block.tile.sequence, entry, group);
+    if (all.begin < all.end) any = all;
+  }
+#pragma unroll
+  for (int step = 1; step < warp_size; step *= 2) {
+    any.begin = min(any.begin, prim::shfl_xor(any.begin, step)), any.end = max(any.end, prim::shfl_xor(any.end, step));
+    all.begin = max(all.begin, prim::shfl_xor(all.begin, step)), all.end = min(all.end, prim::shfl_xor(all.end, step));
+  }
+  return {any, all};
+}
+
+// Scores of columns that a row does not see become -inf. `row`: the warp's first; `first`: the list's entry of column
+// 0.
 template <int M, int N>
-PRIM void hide(Accumulator<M, N>& s, smem_t ranges, std::int32_t first) {
+PRIM void hide(Accumulator<M, N>& s, const Problem& problem, const DevicePlan& plan, const ForwardBlock& block,
+               int group, int row, std::int32_t first) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = 16 * m + fragment_row(h);
-      const auto range = prim::ld_shared<Interval>(ranges + static_cast<smem_t>(row * sizeof(Interval)));
+      const std::int32_t entry = block.entry(row + 16 * m + fragment_row(h));
+      if (entry < 0) continue;
+      const Interval range = entry_range(problem, plan, block.tile.sequence, entry, group);
       const auto place = static_cast<std::uint32_t>(first + fragment_column() - range.begin);
       const auto size = static_cast<std::uint32_t>(range.end > range.begin ? range.end - range.begin : 0);
 #pragma unroll
@@ -121,108 +223,27 @@ PRIM void hide(Accumulator<M, N>& s, smem_t ranges, std::int32_t first) {
     }
 }
 
-// What a warp's rows see of a list: entries that one of them sees, entries that all see.
-struct WarpView {
-  Interval any, all;
-};
+// ---- the end of a group ------------------------------------------------------------------------------------------
 
-// A warp's rows in shared memory, for `hide`: the range of each and, last, what they see together.
-template <int Rows>
-constexpr smem_t ranges_bytes = Rows * sizeof(Interval) + sizeof(WarpView);
-
-template <int Rows>
-PRIM WarpView load_view(smem_t ranges) {
-  const int4 v = prim::ld_shared<int4>(ranges + static_cast<smem_t>(Rows * sizeof(Interval)));
-  return {{v.x, v.y}, {v.z, v.w}};
+PRIM constexpr std::int64_t query_tokens(const Problem& problem) {
+  return problem.q_offsets ? problem.q_len : problem.batch * problem.q_len;
+}
+PRIM float2* first_softmax_of(const Problem& problem, const ForwardFacts& facts, const ForwardBlock& block,
+                              std::int32_t row) {
+  return facts.first_softmax + block.head * query_tokens(problem) + block.tile.sequence.q_token + row;
 }
 
-// `entry`: of lane r's row r, negative where there is none.
-template <int Rows>
-PRIM void store_ranges(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
-                       std::int32_t entry, smem_t ranges) {
-  constexpr std::int32_t largest = 0x7fffffff;
-  Interval range{0, 0}, any{largest, 0}, all{0, largest};
-  if (entry >= 0) {
-    range = entry_range(problem, plan, sequence, entry, group);
-    if (range.begin < range.end) any = range;
-    all = range;
-  }
-  const int lane = lane_of_thread();
-  if (lane < Rows) prim::st_shared(ranges + static_cast<smem_t>(lane * sizeof(Interval)), range);
-#pragma unroll
-  for (int step = 1; step < warp_size; step *= 2) {
-    any.begin = min(any.begin, prim::shfl_xor(any.begin, step)), any.end = max(any.end, prim::shfl_xor(any.end, step));
-    all.begin = max(all.begin, prim::shfl_xor(all.begin, step)), all.end = min(all.end, prim::shfl_xor(all.end, step));
-  }
-  if (lane == 0)
-    prim::st_shared(ranges + static_cast<smem_t>(Rows * sizeof(Interval)),
-                    int4{any.begin, any.end, all.begin, all.end});
-  prim::syncwarp();
-}
-
-template <int D, bool General>
-struct ForwardTile {
-  static constexpr int warps = 4, threads = warps * warp_size;
-  static constexpr int m_tiles = General || D == 256 ? 1 : 2;  // of a warp
-  static constexpr int warp_rows = 16 * m_tiles, rows = warps * warp_rows;
-  static constexpr int keys = 64, buffers = D == 256 ? 2 : 3;
-  using Ring = KeyRing<D, keys, warps, buffers>;
-
-  static constexpr smem_t queries = 0, ring = rows * row_bytes<D>(), ranges = ring + Ring::bytes;
-  static constexpr smem_t note = ranges + warps * ranges_bytes<warp_rows>, group_note = note + sizeof(int4), shared_bytes = group_note + sizeof(int);
-  static_assert(warp_rows <= warp_size && rows % plan_tile == 0);
-  static_assert(rows * row_bytes<D>() <= Ring::buffers_bytes, "the output fits into the ring");
-};
-
-PRIM float score_unit(const Problem& problem) { return problem.shapes_scores() ? static_cast<float>(log2_e) : 1.0f; }
-PRIM std::int64_t token_index(const Problem& problem, const Sequence& sequence, std::int64_t head, std::int32_t row) {
-  return head * query_tokens(problem) + sequence.q_token + row;
-}
-
-// The groups' outputs of the row that a lane looks after have these weights. `softmax`: (m, l) of this group.
-PRIM void merge_weights(const Problem& problem, const ForwardFacts& facts, const Sequence& sequence, std::int64_t head,
-                        std::int32_t row, float2 softmax, float (&weight)[2]) {
+// The groups' outputs of a row have these weights. `last`: (m, l) of group 1.
+PRIM void merge_weights(const Problem& problem, const ForwardFacts& facts, const ForwardBlock& block, std::int32_t row,
+                        float2 last, float (&weight)[2]) {
   weight[0] = weight[1] = 1.0f;
-  if (row < 0) return;
   if (problem.merge == Merge::gate) {
-    weight[0] = ld_global(statistic<float>(problem.gate, sequence, 0, head, row));
-    weight[1] = ld_global(statistic<float>(problem.gate, sequence, 1, head, row));
+    weight[0] = ld_global(statistic<float>(problem.gate, block.tile.sequence, 0, block.head, row));
+    weight[1] = ld_global(statistic<float>(problem.gate, block.tile.sequence, 1, block.head, row));
   } else if (problem.merge == Merge::lse) {
-    const float2 first = ld_global(facts.first_softmax + token_index(problem, sequence, head, row));
-    joint_weights(first, softmax, score_unit(problem), weight);
+    const float unit = problem.shapes_scores() ? static_cast<float>(log2_e) : 1.0f;
+    joint_weights(ld_global(first_softmax_of(problem, facts, block, row)), last, unit, weight);
   }
-}
-
-// What a block works on; its warps' rows.
-struct ForwardBlock {
-  Tile tile;
-  std::int64_t head;
-
-  // A row of the tile as an entry, and as a row; negative where there is none.
-  PRIM std::int32_t entry(int row) const { return row < tile.count ? tile.first + row : -1; }
-  PRIM std::int32_t row(const DevicePlan& plan, int r) const {
-    const std::int32_t e = entry(r);
-    return e >= 0 ? row_of(plan, tile.sequence, e) : -1;
-  }
-};
-
-// Slowest first: KV heads, tiles from the last (of a causal problem the longest), the query heads of a KV head.
-PRIM int4 note_of_block(const Problem& problem, const DevicePlan& plan, const ForwardFacts& facts, int rows) {
-  const auto heads = static_cast<std::uint32_t>(problem.heads_per_kv()), at = blockIdx.x / heads;
-  const std::uint32_t kv_head = at / facts.tiles, head = kv_head * heads + blockIdx.x % heads;
-  const Tile tile = tile_of(problem, plan, facts.tiles - 1 - at % facts.tiles, rows, false);
-  return {tile.sequence.index, tile.first, tile.count, static_cast<std::int32_t>(head)};
-}
-PRIM ForwardBlock noted_block(const Problem& problem, const DevicePlan& plan, int4 note) {
-  return {{sequence_at(problem, plan, note.x), note.y, note.z}, note.w};
-}
-
-// Begins to copy a warp's rows, from `row` of the tile on.
-template <int D, int Rows>
-PRIM void copy_queries(const Problem& problem, const DevicePlan& plan, const ForwardBlock& block, int row, smem_t to) {
-  const Sequence& sequence = block.tile.sequence;
-  const RowSource source = row_source(problem.query, sequence, sequence.q_begin, block.head, problem.head_dim);
-  copy_rows<D, Rows>(to, source, lane_of_thread() < Rows ? block.row(plan, row + lane_of_thread()) : -1);
 }
 
 // What makes up for the weights that dropout took.
@@ -252,8 +273,7 @@ PRIM void finish_group(const Problem& problem, const DevicePlan& plan, const For
       if (lane_of_thread() % 4 == 2 * m + h)
         own = {top == -infinity<float>() ? 0.0f : General ? top : top * facts.unit, sum};
     }
-  const bool looks_after = row_looked_after() < 16 * M;
-  const std::int32_t own_entry = looks_after ? block.entry(row + row_looked_after()) : -1;
+  const std::int32_t own_entry = row_looked_after() < 16 * M ? block.entry(row + row_looked_after()) : -1;
   const std::int32_t own_row = own_entry >= 0 ? row_of(plan, sequence, own_entry) : -1;
   float factor = own.y == 0.0f ? 0.0f : 1.0f / own.y;
   if (own_row >= 0) {
@@ -268,103 +288,102 @@ PRIM void finish_group(const Problem& problem, const DevicePlan& plan, const For
       store_group_out(out, facts.group_out, sequence, group, head, own_row, value_dim);
     if (group == 0) {
       if (problem.merge == Merge::lse && own_row >= 0)
-        prim::st_global(facts.first_softmax + token_index(problem, sequence, head, own_row), own);
+        prim::st_global(first_softmax_of(problem, facts, block, own_row), own);
       return;
     }
-    float weight[2];
-    merge_weights(problem, facts, sequence, head, own_row, own, weight);
+    float weight[2]{1.0f, 1.0f};
+    if (own_row >= 0) merge_weights(problem, facts, block, own_row, own, weight);
     multiply_rows_of_lanes(out, weight[1]);
     add_group_out(out, facts.group_out, sequence, 0, head, own_row, value_dim, weight[0]);
   }
   store_out<T, D>(out, staging, problem.out, sequence, merges ? 0 : group, head, own_row, value_dim, facts.aligned_out);
 }
 
+// ---- the kernel --------------------------------------------------------------------------------------------------
+
 template <class T, int D, bool General>
-__global__ void __launch_bounds__(ForwardTile<D, General>::threads, (D == 64 && !General ? 3 : 2))
+__global__ void __launch_bounds__(ForwardTile<D, General>::threads, 2)
     tiled_forward_kernel(const __grid_constant__ Problem problem, const __grid_constant__ DevicePlan plan,
                          const __grid_constant__ ForwardFacts facts) {
-  using Shape = ForwardTile<D, General>;
-  using Ring = typename Shape::Ring;
-  constexpr int M = Shape::m_tiles, keys = Shape::keys;
-  const auto row = [] { return warp_of_thread() * Shape::warp_rows; };  // the warp's first
-  const auto queries = [&] { return Shape::queries + row() * row_bytes<D>(); };
-  const auto ranges = [] { return Shape::ranges + warp_of_thread() * ranges_bytes<Shape::warp_rows>; };
-
-  // What only the ends of a group ask for is kept out of registers.
-  if (threadIdx.x == 0) prim::st_shared(Shape::note, note_of_block(problem, plan, facts, Shape::rows));
+  using Shared = ForwardTile<D, General>;
+  constexpr int M = Shared::m_tiles, keys = Shared::keys;
+  if (threadIdx.x == 0) {
+    store_block(problem, plan, facts, Shared::rows, Shared::block);
+    prim::st_shared(Shared::unit, facts.unit);
+  }
   prim::syncthreads();
-  const auto block = [&] { return noted_block(problem, plan, prim::ld_shared<int4>(Shape::note)); };
+  const auto block = [&] { return load_block(problem, plan, Shared::block); };
   if (block().tile.count <= 0) return;
-  copy_queries<D, Shape::warp_rows>(problem, plan, block(), row(), queries());
 
-  const int groups = problem.groups();
+  const auto row = [] { return warp_of_thread() * Shared::warp_rows; };  // the warp's first
+  const auto queries = [&] { return Shared::queries + row() * row_bytes<D>(); };
+  const auto view = [] { return Shared::views + warp_of_thread() * static_cast<smem_t>(sizeof(int4)); };
+  copy_queries<D, Shared::warp_rows>(problem, plan, block(), row(), queries());
+  prim::cp_async_commit();
+
 #pragma unroll 1
-  for (int group = 0; group < groups; ++group) {
-    if (threadIdx.x == 0) prim::st_shared(Shape::group_note, group);
+  for (int group = 0; group < problem.groups(); ++group) {
     const ForwardBlock here = block();
     const Sequence& sequence = here.tile.sequence;
     const Interval hull = entries_hull(problem, plan, sequence, here.tile.first, here.tile.count, group);
     const std::int64_t kv_head = here.head / problem.heads_per_kv();
-    Ring ring(Shape::ring);
+    if (threadIdx.x == 0) prim::st_shared(Shared::group, group);
+    typename Shared::Ring ring(Shared::ring);
     ring.start(row_source(problem.key, sequence, sequence.k_begin, kv_head, problem.head_dim),
                row_source(problem.value, sequence, sequence.k_begin, kv_head, problem.value_dim),
                list_positions(plan, sequence, group), hull.begin & ~7 /* a block of Philox */, keys, hull);
-    const std::int32_t entry = lane_of_thread() < Shape::warp_rows ? here.entry(row() + lane_of_thread()) : -1;
-    store_ranges<Shape::warp_rows>(problem, plan, sequence, group, entry, ranges());
+    const WarpView seen = view_of_warp<Shared::warp_rows>(problem, plan, here, group, row());
+    if (lane_of_thread() == 0) store_view(seen, view());
+    prim::syncwarp();
     PairTerms terms(problem, plan, sequence, group, here.head);  // General kernels'
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (General) terms.set_row(problem, plan, sequence, group, h, here.entry(row() + fragment_row(h)));
 
+    HeldQueries<D, M, Shared::holds_queries> held;
+    if constexpr (Shared::holds_queries) {
+      prim::cp_async_wait<Shared::buffers - 1>();  // all but the ring's
+      prim::syncwarp();
+      held.load(queries());
+    }
+
     Accumulator<M, D / 8> out;
     RunningSoftmax<M> softmax;
     clear(out), clear(softmax);
 #pragma unroll 1
-    for (; ring.entry() < hull.end;) {
+    for (bool more = hull.begin < hull.end; more; more = ring.more()) {
       const std::int32_t first = ring.entry();
-      const WarpView view = load_view<Shape::warp_rows>(ranges());
-      const bool takes_part = first < view.any.end && first + keys > view.any.begin;
-      const bool whole = first >= view.all.begin && first + keys <= view.all.end;
+      const bool takes_part = load_view(view()).sees(first, keys), whole = load_view(view()).sees_whole(first, keys);
       Accumulator<M, keys / 8> s;
       clear(s);
 
       const smem_t key_tile = ring.take();
       prim::syncthreads();
-      ring.follow_keys(problem);
+      ring.follow_keys();
       if (takes_part) multiply_transposed<T>(s, rows_first<D>(queries()).fresh(), chunks_first<D>(key_tile).fresh());
 
       const smem_t value_tile = ring.take();
       prim::syncthreads();
-      ring.follow_values(problem);
+      ring.follow_values();
       if (!takes_part) continue;
 
       float factor[M][2];
       if constexpr (General) {
         terms.shape(s[0], first);
         soften<false>(s, softmax, factor, facts.unit);
-#pragma unroll
-        for (int n = 0; n < keys / 8; n += 2) sum_up(softmax, s, n);
         terms.drop(s[0], first);
       } else {
-        if (!whole) hide(s, ranges(), first);
-        soften<true>(s, softmax, factor, facts.unit);
+        if (!whole) hide(s, problem, plan, block(), prim::ld_shared<int>(Shared::group), row(), first);
+        soften<true>(s, softmax, factor, prim::ld_shared<float>(Shared::unit));
       }
-      scale_rows(out, factor);
-      const LanePlace<D> values = rows_first<D>(value_tile).fresh();
-#pragma unroll
-      for (int n = 0; n < keys / 8; n += 2) {
-        if (!General) sum_up(softmax, s, n);  // here, lest the weights outlive their rounding
-        std::uint32_t p[M][4];
-#pragma unroll
-        for (int m = 0; m < M; ++m) pack_a<T>(p[m], s[m][n], s[m][n + 1]);
-        multiply_rows<T>(out, p, values, 8 * n);
-      }
+      rescale(out, factor, softmax);
+      multiply_rounded<T>(out, s, rows_first<D>(value_tile).fresh());
     }
     prim::cp_async_wait<0>();
     prim::syncthreads();  // the ring is free
-    group = prim::ld_shared<int>(Shape::group_note);
+    group = prim::ld_shared<int>(Shared::group);
     finish_group<T, D, General>(problem, plan, facts, block(), group, row(), out, softmax,
-                                Shape::ring + row() * row_bytes<D>());
+                                Shared::ring + row() * row_bytes<D>());
     prim::syncthreads();
   }
 }
@@ -373,11 +392,11 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, (D == 64 && 
 
 template <class T, int D, bool General>
 void start_tiled_forward(const Launch& launch, ForwardFacts facts) {
-  using Shape = ForwardTile<D, General>;
+  using Shared = ForwardTile<D, General>;
   const Problem& p = launch.problem;
-  const std::int64_t tiles = tile_count(p, launch.plan, Shape::rows, false);
+  const std::int64_t tiles = tile_count(p, launch.plan, Shared::rows, false);
   facts.tiles = static_cast<std::int32_t>(tiles);
-  launch(&tiled_forward_kernel<T, D, General>, tiles * p.q_heads, Shape::threads, Shape::shared_bytes, p, launch.plan,
+  launch(&tiled_forward_kernel<T, D, General>, tiles * p.q_heads, Shared::threads, Shared::bytes, p, launch.plan,
          facts);
 }
 

@@ -187,6 +187,22 @@ PRIM void clear(Accumulator<M, N>& d) {
       for (int e = 0; e < 4; ++e) d[m][n][e] = 0.0f;
 }
 
+// d += a y^T: a is the 16 columns from `chunk` on, y_chunks_first the place of N n8 rows of D features.
+template <class T, int D, int M, int N>
+PRIM void multiply_columns(Accumulator<M, N>& d, const std::uint32_t (&a)[M][4], LanePlace<D> y_chunks_first,
+                           int chunk) {
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    std::uint32_t b[4];
+    load_b(b, y_chunks_first, 8 * n, chunk);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
+      prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
+    }
+  }
+}
+
 // d += x y^T, summed over the D features: M m16 rows of x from its lane's place on, N n8 rows of y.
 template <class T, int D, int M, int N>
 PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, LanePlace<D> y_chunks_first) {
@@ -195,16 +211,7 @@ PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, L
     std::uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) load_a(a[m], x_rows_first, 16 * m, chunk);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      std::uint32_t b[4];
-      load_b(b, y_chunks_first, 8 * n, chunk);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
-        prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_columns<T>(d, a, y_chunks_first, chunk);
   }
 }
 
