@@ -1,6 +1,7 @@
 // What makes a score more than a scaled product, pair by pair: softcap, bias, boolean mask; and the dropout factor.
 //
-//     s = softcap tanh(scale t / softcap) + bias,   -inf where the mask hides;   ds/dt = scale (1 - tanh^2)
+//     s = softcap tanh(y) + bias, y = scale t / softcap;   -inf where the mask hides
+//     ds/dt = scale (1 - tanh^2 y) = scale 4 e / (1 + e)^2, e = exp(-2 |y|), which does not cancel
 #pragma once
 
 #include <limits>
@@ -40,8 +41,8 @@ class PairScores {
     T s = scale_ * t;
     slope = T(1);
     if (softcap_ > T(0)) {
-      const T capped = tanh_of(s / softcap_);
-      s = softcap_ * capped, slope = T(1) - capped * capped;
+      const T y = s / softcap_, e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
+      s = softcap_ * tanh_of(y), slope = T(4) * e / ((T(1) + e) * (T(1) + e));
     }
     return s;
   }
@@ -67,6 +68,8 @@ class PairScores {
  private:
   PRIM static float tanh_of(float x) { return tanhf(x); }
   PRIM static double tanh_of(double x) { return tanh(x); }
+  PRIM static float exp_of(float x) { return expf(x); }
+  PRIM static double exp_of(double x) { return exp(x); }
 
   PRIM T bias(std::int64_t row, std::int64_t key) const { return number_at<T>(bias_, bias_dtype_, bias_at(row, key)); }
   PRIM std::int64_t bias_at(std::int64_t row, std::int64_t key) const {

@@ -145,8 +145,10 @@ class KeyGradients {
   PRIM void begin_keys(const KeyTile& tile) const {
     const int row = warp_of_thread() * loaded_keys;
     const std::int32_t first = tile.first + row;
-    const Interval inside{tile.first, tile.first + tile.count};
     const Sequence& s = tile.sequence;
+    const Interval seen = seen_by_any(problem_, plan_, s, tile.group);  // of other keys nothing is read, not even NaN
+    const std::int32_t end = tile.first + tile.count;
+    const Interval inside{seen.begin > tile.first ? seen.begin : tile.first, seen.end < end ? seen.end : end};
     const std::int32_t* list = list_positions(plan_, s, tile.group);
     const std::int32_t from = list_rows<loaded_keys>(list, first, inside);
     copy_list_rows<dim, loaded_keys>(key_tile_ + row * row_bytes<dim>(),
