@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/sm80/backward_keys.cuh"
@@ -29,6 +30,9 @@ class Backward {
     arrays_.facts = backward_rows<float>(launch);
     arrays_.scale = static_cast<float>(problem_.scale);
     arrays_.exponent = static_cast<float>(problem_.scale * log2_e);
+    // No weight is larger than what dropout makes of 1, unless a gate does.
+    const bool large = problem_.merge == Merge::gate || problem_.dropout.threshold > 65536 - 512;
+    if (std::is_same_v<T, Float16> && !large) arrays_.weight_factor = 256;
     arrays_.key_chunks = static_cast<int>((problem_.head_dim + 7) / 8);
     arrays_.value_chunks = static_cast<int>((problem_.value_dim + 7) / 8);
     arrays_.outputs = problem_.groups() == 2 && problem_.grad_out.group ? 2 : 1;
@@ -38,8 +42,8 @@ class Backward {
   void run() {
     const std::int64_t dim = std::max(problem_.head_dim, problem_.value_dim);
     if (!problem_.deterministic) begin_query_sheets();
-    const bool plain =
-        !problem_.shapes_scores() && !problem_.attn_mask.data && !problem_.dropout.threshold && !problem_.grad_bias.data;
+    const bool plain = !problem_.shapes_scores() && !problem_.attn_mask.data && !problem_.dropout.threshold &&
+                       !problem_.grad_bias.data;
     if (dim <= 64) {
       (plain && run_keys<BackwardShape<64, 128, 128, 8, 4, 4, 4>, false>()) ||
           run_keys<BackwardShape<64, 128, 64, 8, 2, 4, 2>, true>();
@@ -97,8 +101,8 @@ class Backward {
     constexpr std::int64_t waves = 4, least_tiles = 8;
     const std::int64_t blocks = problem_.kv_heads * arrays_.key_tiles, wanted = waves * launch_.device.multiprocessors;
     if (blocks == 0 || 4 * blocks >= 3 * wanted) return 1;
-    const std::int64_t longest = problem_.q_offsets ? problem_.q_len / std::max<std::int64_t>(problem_.batch, 1)
-                                                    : problem_.q_len;
+    const std::int64_t longest =
+        problem_.q_offsets ? problem_.q_len / std::max<std::int64_t>(problem_.batch, 1) : problem_.q_len;
     const std::int64_t row_tiles = problem_.heads_per_kv() * ((longest + rows - 1) / rows);
     return static_cast<int>(
         std::max<std::int64_t>(1, std::min((wanted + blocks - 1) / blocks, row_tiles / least_tiles)));
