@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/sm80/backward_keys.cuh"
@@ -29,6 +30,9 @@ class Backward {
     arrays_.facts = backward_rows<float>(launch);
     arrays_.scale = static_cast<float>(problem_.scale);
     arrays_.exponent = static_cast<float>(problem_.scale * log2_e);
+    // No weight is larger than what dropout makes of 1, unless a gate does.
+    const bool large = problem_.merge == Merge::gate || problem_.dropout.threshold > 65536 - 512;
+    if (std::is_same_v<T, Float16> && !large) arrays_.weight_factor = 256;
     arrays_.key_chunks = static_cast<int>((problem_.head_dim + 7) / 8);
     arrays_.value_chunks = static_cast<int>((problem_.value_dim + 7) / 8);
     arrays_.outputs = problem_.groups() == 2 && problem_.grad_out.group ? 2 : 1;

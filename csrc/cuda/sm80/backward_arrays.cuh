@@ -9,6 +9,7 @@ namespace mmca::cuda::sm80 {
 struct BackwardArrays {
   const RowFacts<float>* facts = nullptr;
   float scale = 0, exponent = 0;           // scale; scale log2(e)
+  float weight_factor = 1;                 // of what is rounded of the weights, taken from dV at the end
   int key_chunks = 0, value_chunks = 0;    // of 8 numbers, in head_dim and value_dim
   int stages = 2;                          // of shared memory
   int outputs = 1;                         // tiles of dO: 2 where the groups' gradients differ

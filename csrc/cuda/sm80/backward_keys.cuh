@@ -190,8 +190,9 @@ class KeyGradients {
     multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()),
                                 chunks_first<dim>(value_tile_ + key * row_bytes<dim>()));
     const Sequence sequence = tile_.sequence();
-    const PairPlace place{problem_,  plan_,      sequence,      positions(), tile_.end(), tile_.group(),
-                          tile.head, tile.first, tile_.first(), row,         key,         arrays_.exponent};
+    const PairPlace place{
+        problem_,   plan_,         sequence, positions(), tile_.end(),      tile_.group(),        tile.head,
+        tile.first, tile_.first(), row,      key,         arrays_.exponent, arrays_.weight_factor};
     const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
     constexpr int weights = weight_tile_ - gradient_tile_;
     if constexpr (General) differentiate_general<T, true>(place, table(turn), products, grads, to, to.at(weights));
@@ -239,7 +240,7 @@ class KeyGradients {
     const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
     const auto to = fragment_place<dim>(key_tile_ + key * row_bytes<dim>()).from_chunk(column / 8);
     store_rounded<T>(grad_key_, arrays_.scale, to);
-    store_rounded<T>(grad_value_, 1.0f, to.at(value_tile_ - key_tile_));
+    store_rounded<T>(grad_value_, 1.0f / arrays_.weight_factor, to.at(value_tile_ - key_tile_));
     prim::syncthreads();
     store(key_tile_, problem_.grad_key, problem_.head_dim);
     store(value_tile_, problem_.grad_value, problem_.value_dim);

@@ -152,7 +152,8 @@ class QueryGradients {
                           at.first,
                           row,
                           key,
-                          arrays_.exponent};
+                          arrays_.exponent,
+                          arrays_.weight_factor};
     const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
     differentiate_general<T, false>(place, table(turn), products, grads, to, to);
     prim::syncthreads();

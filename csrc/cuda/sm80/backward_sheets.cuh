@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(sheet_threads, 2)
                   arrays.blocks * keys * key_width, arrays.scale,
                   row_target(problem.grad_key, s, s.k_begin, tile.kv_head, problem.head_dim), tile.count, position);
   write_sheets<T>(arrays.grad_value + first * value_width, arrays.value_chunks, arrays.parts,
-                  arrays.blocks * keys * value_width, 1.0f,
+                  arrays.blocks * keys * value_width, 1.0f / arrays.weight_factor,
                   row_target(problem.grad_value, s, s.k_begin, tile.kv_head, problem.value_dim), tile.count, position);
 }
 

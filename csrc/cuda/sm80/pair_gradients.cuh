@@ -3,6 +3,8 @@
 //     P  = exp2(c t - lse - low)      or exp2(log2(e) (s - lse) - low) where scores are shaped; hidden pairs: 0
 //     dS = P (weight Z dP - offset)   t = q k, dP = dO v; RowFacts of row_results.cuh
 //     W  = weight Z P                 dV += W^T dO
+//
+// W is rounded as weight_factor W, a power of 2 that keeps the weights of long rows among float16's normal numbers.
 #pragma once
 
 #include "cuda/sm80/gradient_rows.cuh"
@@ -21,7 +23,7 @@ struct PairPlace {
   int group;
   std::int32_t head, first_entry, first_key;  // of the tiles
   int row, key;                               // the warp's first in the tiles
-  float exponent;                             // c
+  float exponent, weight_factor;              // exponent: c
 };
 
 // Factors of the weights of one row and a warp's N n8 keys; whole warps call it.
@@ -61,13 +63,14 @@ PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, 
       const int r = 16 * m + 8 * h;
       const RowFacts<float> facts = table.facts(row + r);
       const Interval seen = Cut ? table.seen(row + r) : Interval{};
+      const float weight = facts.weight * at.weight_factor;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float w[2], ds[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float p = prim::exp2_approx(fmaf(t[m][n][2 * h + e], at.exponent, -facts.lse) - facts.low);
-          w[e] = p * facts.weight;
+          w[e] = p * weight;
           ds[e] = p * fmaf(facts.weight, g[m][n][2 * h + e], -facts.offset);
           if (Cut && (key + 8 * n + e < seen.begin || key + 8 * n + e >= seen.end)) w[e] = ds[e] = 0.0f;
         }
@@ -131,10 +134,11 @@ PRIM void differentiate_general(const PairPlace& at, const RowTable<Rows>& table
           float p, slope = 1.0f;
           if (natural) {
             const float s = scores.score(product, row, position[n][e], slope);
+            if (s == -infinity<float>()) continue;
             p = prim::exp2_approx((s - facts.lse) * static_cast<float>(log2_e) - facts.low);
           } else {
+            if (!scores.visible(row, position[n][e])) continue;
             p = prim::exp2_approx(fmaf(product, at.exponent, -facts.lse) - facts.low);
-            if (!scores.visible(row, position[n][e])) p = 0.0f;
           }
           w[e] = p * facts.weight;
           if (drops) w[e] *= factor[n][e];
@@ -144,7 +148,8 @@ PRIM void differentiate_general(const PairPlace& at, const RowTable<Rows>& table
           ds[e] *= slope;
         }
         prim::st_shared(score_gradients(16 * m + 8 * h, n), prim::pack2<T>(ds[0], ds[1]));
-        if (WithWeights) prim::st_shared(weights(16 * m + 8 * h, n), prim::pack2<T>(w[0], w[1]));
+        if (WithWeights)
+          prim::st_shared(weights(16 * m + 8 * h, n), prim::pack2<T>(at.weight_factor * w[0], at.weight_factor * w[1]));
       }
     }
 }
