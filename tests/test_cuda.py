@@ -14,6 +14,7 @@ from mmca_ext import _C, functional
 BUILT = bool(_C.build_info()["cuda"])
 KERNELS = [kernel for kernel in _C.kernels() if kernel["device"] == "cuda"]
 OPERATIONS, DTYPES = ("attention_forward", "attention_backward"), ("f32", "f64", "bf16", "f16")
+DTYPES_OF_TORCH = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not (BUILT and GPU), reason="needs a GPU and a build with CUDA kernels")
 
