@@ -114,11 +114,12 @@ class KeyGradients {
 
  private:
   static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows;
-  static constexpr int loaded_rows = rows / Shape::warps, loaded_keys = keys / Shape::warps;
+  static constexpr int loaded_rows = rows / Shape::warps < 8 ? 8 : rows / Shape::warps;  // by a warp, if any
+  static constexpr int loaded_keys = keys / Shape::warps;
   static constexpr int score_m = rows / Shape::score_rows / 16, score_n = keys / Shape::score_columns / 8;
   static constexpr int key_m = keys / Shape::key_rows / 16, key_n = dim / Shape::key_columns / 8;
   static constexpr int query_m = rows / Shape::query_rows / 16, query_n = dim / Shape::query_columns / 8;
-  static_assert(score_n % 2 == 0 && key_n % 2 == 0 && query_n % 2 == 0);
+  static_assert(score_n % 2 == 0 && key_n % 2 == 0 && query_n % 2 == 0 && loaded_keys % 8 == 0 && rows <= 128);
 
   static constexpr smem_t key_tile_ = 0, value_tile_ = Shape::key_bytes, gradient_tile_ = 2 * Shape::key_bytes,
                           weight_tile_ = gradient_tile_ + Shape::pair_bytes,
@@ -133,9 +134,6 @@ class KeyGradients {
     return row_tiles.next(tile, problem_, plan_, tile_.sequence(), tile_.group(), {tile_.first(), tile_.end()});
   }
 
-  // Places that depend on the warp are made anew in each phase: registers are short.
-  PRIM static int warp() { return static_cast<int>(prim::opaque(threadIdx.x) / warp_size); }
-
   PRIM smem_t query_tile(int turn) const {
     return stages_ + static_cast<smem_t>((arrays_.stages == 2 ? turn & 1 : 0) * 2 * Shape::row_tile_bytes);
   }
@@ -145,10 +143,12 @@ class KeyGradients {
   }
 
   PRIM void begin_keys(const KeyTile& tile) const {
-    const int row = warp() * loaded_keys;
+    const int row = warp_of_thread() * loaded_keys;
     const std::int32_t first = tile.first + row;
-    const Interval inside{tile.first, tile.first + tile.count};
     const Sequence& s = tile.sequence;
+    const Interval seen = seen_by_any(problem_, plan_, s, tile.group);  // of other keys nothing is read, not even NaN
+    const std::int32_t end = tile.first + tile.count;
+    const Interval inside{seen.begin > tile.first ? seen.begin : tile.first, seen.end < end ? seen.end : end};
     const std::int32_t* list = list_positions(plan_, s, tile.group);
     const std::int32_t from = list_rows<loaded_keys>(list, first, inside);
     copy_list_rows<dim, loaded_keys>(key_tile_ + row * row_bytes<dim>(),
@@ -163,10 +163,11 @@ class KeyGradients {
   PRIM RowSight sight(const RowTile& tile) const {
     if (lane_of_thread() >= loaded_rows) return {};
     return row_sight(problem_, plan_, tile_.sequence(), tile_.group(),
-                     tile.first + warp() * loaded_rows + lane_of_thread());
+                     tile.first + warp_of_thread() * loaded_rows + lane_of_thread());
   }
   PRIM void begin_rows(const RowTile& tile, const RowSight& sight, int turn) const {
-    const int row = warp() * loaded_rows;
+    const int row = warp_of_thread() * loaded_rows;
+    if (row >= rows) return;
     const Sequence s = tile_.sequence();
     RowSource query = row_source(problem_.query, s, s.q_begin, tile.head, 0);
     query.chunks = arrays_.key_chunks;
@@ -181,19 +182,19 @@ class KeyGradients {
   }
 
   PRIM void score(const RowTile& tile, int turn) const {
-    const int row = warp() / Shape::score_columns * (16 * score_m);
-    const int key = warp() % Shape::score_columns * (8 * score_n);
+    const int row = warp_of_thread() / Shape::score_columns * (16 * score_m);
+    const int key = warp_of_thread() % Shape::score_columns * (8 * score_n);
     Accumulator<score_m, score_n> products, grads;
     clear(products), clear(grads);
-    multiply_transposed<T, dim>(products, rows_first<dim>(query_tile(turn) + row * row_bytes<dim>()).fresh(),
-                                chunks_first<dim>(key_tile_ + key * row_bytes<dim>()).fresh());
-    multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()).fresh(),
-                                chunks_first<dim>(value_tile_ + key * row_bytes<dim>()).fresh());
+    multiply_transposed<T, dim>(products, rows_first<dim>(query_tile(turn) + row * row_bytes<dim>()),
+                                chunks_first<dim>(key_tile_ + key * row_bytes<dim>()));
+    multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()),
+                                chunks_first<dim>(value_tile_ + key * row_bytes<dim>()));
     const Sequence sequence = tile_.sequence();
     const PairPlace place{problem_,        plan_,       sequence,     positions(),       tile_.end(),
                           tile_.group(),   tile.head,   tile.first,   tile_.first(),     row,
                           key,             arrays_.exponent};
-    const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8).fresh();
+    const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
     constexpr int weights = weight_tile_ - gradient_tile_;
     if constexpr (General) differentiate_general<T, true>(place, table(turn), products, grads, to, to.at(weights));
     else differentiate_plain<T, true>(place, table(turn), products, grads, to, to.at(weights));
@@ -201,24 +202,24 @@ class KeyGradients {
 
   PRIM void accumulate(const RowTile& tile, int turn) {
     {
-      const int key = warp() / Shape::key_columns * (16 * key_m);
-      const int column = warp() % Shape::key_columns * (8 * key_n);
-      const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8).fresh();
-      const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8).fresh();
-      multiply_left_transposed<T, rows>(grad_value_, weights, rows_first<dim>(output_tile(turn)).from_chunk(column / 8).fresh());
-      multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8).fresh());
+      const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
+      const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
+      const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8);
+      const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8);
+      multiply_left_transposed<T, rows>(grad_value_, weights, rows_first<dim>(output_tile(turn)).from_chunk(column / 8));
+      multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8));
     }
     if (!arrays_.grad_query) return;
-    const int row = warp() / Shape::query_columns * (16 * query_m);
-    const int column = warp() % Shape::query_columns * (8 * query_n);
+    const int row = warp_of_thread() / Shape::query_columns * (16 * query_m);
+    const int column = warp_of_thread() % Shape::query_columns * (8 * query_n);
     Accumulator<query_m, query_n> grad_query;
     clear(grad_query);
-    multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()).fresh(),
-                      rows_first<dim>(key_tile_).from_chunk(column / 8).fresh());
+    multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()),
+                      rows_first<dim>(key_tile_).from_chunk(column / 8));
     const int width = sheet_width(arrays_.key_chunks);
     const std::int64_t piece = hull_index(plan_, tile_.sequence()) * (plan_tile / 16) + (tile.first + row) / 16;
     add_pieces(grad_query, sheet_piece(arrays_.grad_query + tile.head * arrays_.query_stride, width, piece, column / 8),
-               width, column);
+               width, column, tile_.sequence().q_len - tile.first - row);
   }
 
   PRIM void keep() const {
@@ -228,15 +229,15 @@ class KeyGradients {
     keep(grad_value_, arrays_.grad_value + first * value_width, value_width);
   }
   PRIM void keep(const Accumulator<key_m, key_n>& sum, float* sheet, int width) const {
-    const int key = warp() / Shape::key_columns * (16 * key_m);
-    const int column = warp() % Shape::key_columns * (8 * key_n);
+    const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
+    const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
     store_pieces(sum, sheet_piece(sheet, width, key / 16, column / 8), width, column);
   }
 
   // Through shared memory, where K and V were, to rows.
   PRIM void store() const {
-    const int key = warp() / Shape::key_columns * (16 * key_m);
-    const int column = warp() % Shape::key_columns * (8 * key_n);
+    const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
+    const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
     const auto to = fragment_place<dim>(key_tile_ + key * row_bytes<dim>()).from_chunk(column / 8);
     store_rounded<T>(grad_key_, arrays_.scale, to);
     store_rounded<T>(grad_value_, 1.0f, to.at(value_tile_ - key_tile_));

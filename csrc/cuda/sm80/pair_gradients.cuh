@@ -6,25 +6,10 @@
 #pragma once
 
 #include "cuda/sm80/gradient_rows.cuh"
+#include "cuda/sm80/pairs.cuh"
 #include "cuda/sm80/row_tiles.cuh"
 
 namespace mmca::cuda::sm80 {
-
-// word[j] of lane t of four: word[t] of lane j.
-PRIM void transpose_quad(std::uint32_t (&word)[4]) {
-  const int lane = lane_of_thread();
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const std::uint32_t other = prim::shfl_xor(upper ? word[i] : word[i + step], step);
-      if (upper) word[i] = other;
-      else word[i + step] = other;
-    }
-  }
-}
 
 // A warp's part of a tile of rows and a tile of keys.
 struct PairPlace {
@@ -76,16 +61,14 @@ PRIM void differentiate_plain(const PairPlace& at, const RowTable<Rows>& table, 
       const int r = 16 * m + 8 * h;
       const RowFacts<float> facts = table.facts(row + r);
       const Interval seen = Cut ? table.seen(row + r) : Interval{};
-      const float rest = prim::exp2_approx(-facts.low);  // saves a subtraction in each exponent
-      const float weight = facts.weight * rest, offset = facts.offset * rest;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float w[2], ds[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float p = prim::exp2_approx(fmaf(t[m][n][2 * h + e], at.exponent, -facts.lse));
-          w[e] = p * weight;
-          ds[e] = p * fmaf(weight, g[m][n][2 * h + e], -offset);
+          const float p = prim::exp2_approx(fmaf(t[m][n][2 * h + e], at.exponent, -facts.lse) - facts.low);
+          w[e] = p * facts.weight;
+          ds[e] = p * fmaf(facts.weight, g[m][n][2 * h + e], -facts.offset);
           if (Cut && (key + 8 * n + e < seen.begin || key + 8 * n + e >= seen.end)) w[e] = ds[e] = 0.0f;
         }
         prim::st_shared(score_gradients(r, n), prim::pack2<T>(ds[0], ds[1]));

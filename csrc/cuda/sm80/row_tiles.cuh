@@ -69,6 +69,17 @@ class RowTiles {
   std::uint32_t met_ = 0;  // bit l: tile l of the window of 32
 };
 
+// The entries of the group's list that some row of the sequence may see; whole warps call it.
+PRIM Interval seen_by_any(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group) {
+  if (!plan.ranges) return entries_hull(problem, plan, sequence, 0, sequence.q_len, group);
+  Interval all{0, 0};
+  for (std::int32_t first = lane_of_thread() * plan_tile; first < sequence.q_len; first += warp_size * plan_tile)
+    all = hull(all, entries_hull(problem, plan, sequence, first, plan_tile, group));
+  for (int step = 1; step < warp_size; step *= 2)
+    all = hull(all, {prim::shfl_xor(all.begin, step), prim::shfl_xor(all.end, step)});
+  return all;
+}
+
 // A row as the tile that is loaded needs it: a row that sees nothing of the group (or none at all) is -1, and nothing
 // of it is read.
 struct RowSight {

@@ -27,13 +27,14 @@ PRIM void store_pieces(const Accumulator<M, N>& d, float* piece, int width, int 
       if (column + 8 * n < width)
         prim::st_global(reinterpret_cast<float4*>(piece + 128 * n), float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
 }
+// The same, added to what is there; `rows`: how many of them there are.
 template <int M, int N>
-PRIM void add_pieces(const Accumulator<M, N>& d, float* piece, int width, int column) {
+PRIM void add_pieces(const Accumulator<M, N>& d, float* piece, int width, int column, std::int32_t rows) {
 #pragma unroll
   for (int m = 0; m < M; ++m, piece += 16 * width)
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (column + 8 * n < width)
+      if (column + 8 * n < width && 16 * m < rows)
         prim::atomic_add_quad(piece + 128 * n, float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
 }
 

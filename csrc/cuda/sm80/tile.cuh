@@ -19,8 +19,9 @@ using prim::smem_t;
 
 constexpr int warp_size = 32;
 
-PRIM int lane_of_thread() { return static_cast<int>(threadIdx.x % warp_size); }
-PRIM int warp_of_thread() { return static_cast<int>(threadIdx.x / warp_size); }
+// Made anew where they are asked for: registers are for accumulators.
+PRIM int lane_of_thread() { return static_cast<int>(prim::opaque(threadIdx.x) % warp_size); }
+PRIM int warp_of_thread() { return static_cast<int>(prim::opaque(threadIdx.x) / warp_size); }
 
 template <int D>
 PRIM constexpr int row_bytes() {
@@ -40,58 +41,76 @@ struct RowSource {
   std::int64_t stride;  // bytes
   std::int32_t chunks;
 };
+PRIM RowSource row_source_at(const unsigned char* data, const Input& x, std::int64_t features) {
+  return {data, 2 * x.row, static_cast<std::int32_t>((features + 7) / 8)};
+}
 PRIM RowSource row_source(const Input& x, const Sequence& sequence, std::int64_t begin, std::int64_t head,
                           std::int64_t features) {
-  return {static_cast<const unsigned char*>(x.data) + 2 * row_offset(x, sequence, begin, head, 0), 2 * x.row,
-          static_cast<std::int32_t>((features + 7) / 8)};
+  const auto* data = static_cast<const unsigned char*>(x.data) + 2 * row_offset(x, sequence, begin, head, 0);
+  return row_source_at(data, x, features);
 }
 
-// Begins to copy Rows rows (at most 32) into `part`, which is theirs in a tile; a warp's work. Lane r < Rows names row
-// r of them: its row in the source, or a negative number for a row of zeros.
-template <int D, int Rows>
-PRIM void copy_rows(smem_t part, const RowSource& source, std::int32_t row_of_lane) {
-  constexpr int chunks = D / 8, rows_at_once = warp_size / chunks;
-  static_assert(Rows <= warp_size && Rows % rows_at_once == 0);
-  const int lane = lane_of_thread(), chunk = lane % chunks;
+// Row r of those that a warp copies, where Warps warps copy a tile together, in turns of rows_at_once: a lane's chunks
+// of all of them lie apart by the same distance, for D < 256 with four warps and more.
+template <int D, int Warps>
+struct CopyTurns {
+  static constexpr int chunks = D / 8, rows_at_once = warp_size / chunks, stride = rows_at_once * Warps;
+
+  PRIM static int row(int warp, int r) { return r / rows_at_once * stride + warp * rows_at_once + r % rows_at_once; }
+};
+
+// Begins to copy Rows rows to `tile`, warp `warp` of Warps its share of them, at most 32. Lane r names the share's row
+// r (CopyTurns): its row in the source, or a negative number for a row of zeros.
+template <int D, int Rows, int Warps = 1>
+PRIM void copy_rows(smem_t tile, const RowSource& source, std::int32_t row_of_lane, int warp = 0) {
+  using Turns = CopyTurns<D, Warps>;
+  static_assert(Rows / Warps <= warp_size && Rows % Turns::stride == 0);
+  const int lane = lane_of_thread(), chunk = lane % Turns::chunks, first = Turns::row(warp, lane / Turns::chunks);
+  const unsigned char* data = source.data + 16 * chunk;
+  const bool features = chunk < source.chunks;
 #pragma unroll
-  for (int r = 0; r < Rows; r += rows_at_once) {
-    const int row = r + lane / chunks;
-    const std::int32_t from = prim::shfl(row_of_lane, row);
-    const bool valid = from >= 0 && chunk < source.chunks;
-    prim::cp_async<16>(chunk_address<D>(part, row, chunk),
-                       source.data + (valid ? from * source.stride + 16 * chunk : 0), valid);
+  for (int i = 0; i < Rows / Turns::stride; ++i) {
+    const std::int32_t from = prim::shfl(row_of_lane, i * Turns::rows_at_once + lane / Turns::chunks);
+    prim::cp_async<16>(chunk_address<D>(tile, first + i * Turns::stride, chunk), data + from * source.stride,
+                       features && from >= 0);
   }
 }
 
-// The same for rows first, first + 1, ...; zeros for those outside [begin, end).
-template <int D, int Rows>
-PRIM void copy_rows(smem_t part, const RowSource& source, std::int32_t first, Interval inside) {
-  constexpr int chunks = D / 8, rows_at_once = warp_size / chunks;
-  static_assert(Rows % rows_at_once == 0);
-  const int lane = lane_of_thread(), chunk = lane % chunks;
-  const unsigned char* from = source.data + (first + lane / chunks) * source.stride + 16 * chunk;
+// The same for rows begin, begin + 1, ...; zeros for those outside of `inside`.
+template <int D, int Rows, int Warps = 1>
+PRIM void copy_rows(smem_t tile, const RowSource& source, std::int32_t begin, Interval inside, int warp = 0) {
+  using Turns = CopyTurns<D, Warps>;
+  static_assert(Rows % Turns::stride == 0);
+  const int lane = lane_of_thread(), chunk = lane % Turns::chunks, first = Turns::row(warp, lane / Turns::chunks);
+  const unsigned char* from = source.data + (begin + first) * source.stride + 16 * chunk;
+  const auto place = static_cast<std::uint32_t>(begin + first - inside.begin);
+  const auto size =
+      static_cast<std::uint32_t>(chunk < source.chunks && inside.begin < inside.end ? inside.end - inside.begin : 0);
 #pragma unroll
-  for (int r = 0; r < Rows; r += rows_at_once) {
-    const int row = r + lane / chunks;
-    const bool valid = first + row >= inside.begin && first + row < inside.end && chunk < source.chunks;
-    prim::cp_async<16>(chunk_address<D>(part, row, chunk), valid ? from : source.data, valid);
-    from += rows_at_once * source.stride;
+  for (int i = 0; i < Rows / Turns::stride; ++i) {
+    prim::cp_async<16>(chunk_address<D>(tile, first + i * Turns::stride, chunk), from,
+                       place + i * Turns::stride < size);
+    from += Turns::stride * source.stride;
   }
 }
 
-// Entries `first` .. first + Rows - 1 of a list of keys, whichever way it is stored; zeros for those outside of
-// `inside`. `row_of_lane`: list_rows<Rows>(positions, first, inside), worth having early; ignored without positions.
+// Entries begin .. begin + Rows - 1 of a list of keys, whichever way it is stored; zeros for those outside of `inside`.
+// `row_of_lane`: what list_rows says of them, worth asking early; ignored without positions.
+template <int D, int Rows, int Warps>
+PRIM std::int32_t list_rows(const std::int32_t* positions, std::int32_t begin, Interval inside, int warp = 0) {
+  const std::int32_t c = begin + CopyTurns<D, Warps>::row(warp, lane_of_thread());
+  const bool valid = positions && lane_of_thread() < Rows / Warps && c >= inside.begin && c < inside.end;
+  return valid ? ld_global(positions + c) : -1;
+}
 template <int Rows>
-PRIM std::int32_t list_rows(const std::int32_t* positions, std::int32_t first, Interval inside) {
-  const std::int32_t c = first + lane_of_thread();
-  if (!positions || lane_of_thread() >= Rows || c < inside.begin || c >= inside.end) return -1;
-  return ld_global(positions + c);
+PRIM std::int32_t list_rows(const std::int32_t* positions, std::int32_t begin, Interval inside) {
+  return list_rows<64, Rows, 1>(positions, begin, inside);  // one warp's rows are in their order for any D
 }
-template <int D, int Rows>
-PRIM void copy_list_rows(smem_t part, const RowSource& source, const std::int32_t* positions, std::int32_t row_of_lane,
-                         std::int32_t first, Interval inside) {
-  if (positions) copy_rows<D, Rows>(part, source, row_of_lane);
-  else copy_rows<D, Rows>(part, source, first, inside);
+template <int D, int Rows, int Warps = 1>
+PRIM void copy_list_rows(smem_t tile, const RowSource& source, const std::int32_t* positions, std::int32_t row_of_lane,
+                         std::int32_t begin, Interval inside, int warp = 0) {
+  if (positions) copy_rows<D, Rows, Warps>(tile, source, row_of_lane, warp);
+  else copy_rows<D, Rows, Warps>(tile, source, begin, inside, warp);
 }
 
 // ---- fragments ---------------------------------------------------------------------------------------------------
@@ -168,6 +187,22 @@ PRIM void clear(Accumulator<M, N>& d) {
       for (int e = 0; e < 4; ++e) d[m][n][e] = 0.0f;
 }
 
+// d += a y^T: a is the 16 columns from `chunk` on, y_chunks_first the place of N n8 rows of D features.
+template <class T, int D, int M, int N>
+PRIM void multiply_columns(Accumulator<M, N>& d, const std::uint32_t (&a)[M][4], LanePlace<D> y_chunks_first,
+                           int chunk) {
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    std::uint32_t b[4];
+    load_b(b, y_chunks_first, 8 * n, chunk);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
+      prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
+    }
+  }
+}
+
 // d += x y^T, summed over the D features: M m16 rows of x from its lane's place on, N n8 rows of y.
 template <class T, int D, int M, int N>
 PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, LanePlace<D> y_chunks_first) {
@@ -176,16 +211,7 @@ PRIM void multiply_transposed(Accumulator<M, N>& d, LanePlace<D> x_rows_first, L
     std::uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) load_a(a[m], x_rows_first, 16 * m, chunk);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      std::uint32_t b[4];
-      load_b(b, y_chunks_first, 8 * n, chunk);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        prim::mma_m16n8k16<T>(d[m][n], a[m], b[0], b[1]);
-        prim::mma_m16n8k16<T>(d[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_columns<T>(d, a, y_chunks_first, chunk);
   }
 }
 

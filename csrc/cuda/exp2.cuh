@@ -1,0 +1,69 @@
+// exp2 as exact as the processor's kernels (method and error: cpu/exp2.h), and the scale that turns products into
+// exponents of 2. For results in fp32 and fp64; 16 bits are served by exp2_approx.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "core/exp2_constants.h"
+#include "cuda/primitives.cuh"
+
+namespace mmca::cuda {
+
+PRIM float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
+PRIM double multiply_add(double x, double y, double z) { return fma(x, y, z); }
+
+// 2^n from a number whose low mantissa bits hold n + exponent bias.
+PRIM float exponent_from_low_bits(float x) {
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits <<= 23;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+PRIM double exponent_from_low_bits(double x) {
+  std::uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits <<= 52;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+template <class T, int degree = 0>
+PRIM T exp2_polynomial(T x) {
+  constexpr T coefficient = Exp2Constants<T>::coefficient[degree];
+  if constexpr (degree == Exp2Constants<T>::degree) return coefficient;
+  else return multiply_add(exp2_polynomial<T, degree + 1>(x), x, coefficient);
+}
+
+template <class T>
+PRIM T exp2_exact(T x) {
+  constexpr T magic = Exp2Constants<T>::magic, lowest = Exp2Constants<T>::lowest;
+  x = x < lowest ? lowest : x;  // NaN stays
+  const T shifted = x + magic;
+  return exp2_polynomial(x - (shifted - magic)) * exponent_from_low_bits(shifted);
+}
+
+// scale * log2(e) in two parts: rounded to one, every score would be off by the same factor. Both are positive, so that
+// a hidden -inf stays -inf; the sign, or a scale of 0, goes to the products.
+template <class T>
+struct ExponentScale {
+  T factor, high, low;
+
+  explicit ExponentScale(double scale) {
+    factor = scale > 0 ? T(1) : scale < 0 ? T(-1) : T(0);
+    constexpr long double log2_e_exact = 1.44269504088896340735992L;
+    const long double exact = (scale == 0 ? 1.0L : std::abs(static_cast<long double>(scale))) * log2_e_exact;
+    constexpr T smallest = std::numeric_limits<T>::min();
+    high = std::fmax(static_cast<T>(exact), smallest);
+    if (high >= exact) high = std::fmax(std::nextafter(high, T(0)), smallest);
+    low = std::fmax(static_cast<T>(exact - high), smallest);
+  }
+
+  PRIM T below(T difference) const { return multiply_add(difference, low, difference * high); }
+  PRIM T minus(T score, T lse) const { return multiply_add(score, low, multiply_add(score, high, -lse)); }
+  PRIM double exact(T score) const { return static_cast<double>(score) * (static_cast<double>(high) + low); }
+};
+
+}  // namespace mmca::cuda
