@@ -38,8 +38,8 @@ class Backward {
   void run() {
     const std::int64_t dim = std::max(problem_.head_dim, problem_.value_dim);
     if (!problem_.deterministic) begin_query_sheets();
-    const bool plain =
-        !problem_.shapes_scores() && !problem_.attn_mask.data && !problem_.dropout.threshold && !problem_.grad_bias.data;
+    const bool plain = !problem_.shapes_scores() && !problem_.attn_mask.data && !problem_.dropout.threshold &&
+                       !problem_.grad_bias.data;
     if (dim <= 64) {
       (plain && run_keys<BackwardShape<64, 128, 128, 8, 4, 4, 4>, false>()) ||
           run_keys<BackwardShape<64, 128, 64, 8, 2, 4, 2>, true>();
@@ -97,8 +97,8 @@ class Backward {
     constexpr std::int64_t waves = 4, least_tiles = 8;
     const std::int64_t blocks = problem_.kv_heads * arrays_.key_tiles, wanted = waves * launch_.device.multiprocessors;
     if (blocks == 0 || 4 * blocks >= 3 * wanted) return 1;
-    const std::int64_t longest = problem_.q_offsets ? problem_.q_len / std::max<std::int64_t>(problem_.batch, 1)
-                                                    : problem_.q_len;
+    const std::int64_t longest =
+        problem_.q_offsets ? problem_.q_len / std::max<std::int64_t>(problem_.batch, 1) : problem_.q_len;
     const std::int64_t row_tiles = problem_.heads_per_kv() * ((longest + rows - 1) / rows);
     return static_cast<int>(
         std::max<std::int64_t>(1, std::min((wanted + blocks - 1) / blocks, row_tiles / least_tiles)));

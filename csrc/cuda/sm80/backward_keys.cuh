@@ -66,9 +66,7 @@ template <class T, class Shape, bool General>
 class KeyGradients {
  public:
   PRIM KeyGradients(const Problem& problem, const DevicePlan& plan, const BackwardArrays& arrays)
-      : problem_(problem),
-        plan_(plan),
-        arrays_(arrays) {}
+      : problem_(problem), plan_(plan), arrays_(arrays) {}
 
   PRIM void run() {
     const KeyTile tile = key_tile(problem_, plan_, arrays_.key_tiles, block(), keys);
@@ -122,12 +120,13 @@ class KeyGradients {
   static_assert(score_n % 2 == 0 && key_n % 2 == 0 && query_n % 2 == 0 && loaded_keys % 8 == 0 && rows <= 128);
 
   static constexpr smem_t key_tile_ = 0, value_tile_ = Shape::key_bytes, gradient_tile_ = 2 * Shape::key_bytes,
-                          weight_tile_ = gradient_tile_ + Shape::pair_bytes,
-                          tables_ = weight_tile_ + Shape::pair_bytes, kept_ = tables_ + 2 * RowTable<rows>::bytes,
-                          stages_ = kept_ + KeptKeyTile::bytes;
+                          weight_tile_ = gradient_tile_ + Shape::pair_bytes, tables_ = weight_tile_ + Shape::pair_bytes,
+                          kept_ = tables_ + 2 * RowTable<rows>::bytes, stages_ = kept_ + KeptKeyTile::bytes;
   static_assert(stages_ % 128 == 0);
 
-  PRIM std::int32_t part() const { return static_cast<std::int32_t>(blockIdx.x % static_cast<unsigned>(arrays_.parts)); }
+  PRIM std::int32_t part() const {
+    return static_cast<std::int32_t>(blockIdx.x % static_cast<unsigned>(arrays_.parts));
+  }
   PRIM std::int64_t block() const { return blockIdx.x / static_cast<unsigned>(arrays_.parts); }
   PRIM const std::int32_t* positions() const { return list_positions(plan_, tile_.sequence(), tile_.group()); }
   PRIM bool next(RowTiles<rows>& row_tiles, RowTile& tile) const {
@@ -152,11 +151,11 @@ class KeyGradients {
     const std::int32_t* list = list_positions(plan_, s, tile.group);
     const std::int32_t from = list_rows<loaded_keys>(list, first, inside);
     copy_list_rows<dim, loaded_keys>(key_tile_ + row * row_bytes<dim>(),
-                                     row_source(problem_.key, s, s.k_begin, tile.kv_head, problem_.head_dim),
-                                     list, from, first, inside);
+                                     row_source(problem_.key, s, s.k_begin, tile.kv_head, problem_.head_dim), list,
+                                     from, first, inside);
     copy_list_rows<dim, loaded_keys>(value_tile_ + row * row_bytes<dim>(),
-                                     row_source(problem_.value, s, s.k_begin, tile.kv_head, problem_.value_dim),
-                                     list, from, first, inside);
+                                     row_source(problem_.value, s, s.k_begin, tile.kv_head, problem_.value_dim), list,
+                                     from, first, inside);
   }
 
   // Of the warp's share of a tile's rows: lane r has row r.
@@ -191,9 +190,8 @@ class KeyGradients {
     multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(turn) + row * row_bytes<dim>()),
                                 chunks_first<dim>(value_tile_ + key * row_bytes<dim>()));
     const Sequence sequence = tile_.sequence();
-    const PairPlace place{problem_,        plan_,       sequence,     positions(),       tile_.end(),
-                          tile_.group(),   tile.head,   tile.first,   tile_.first(),     row,
-                          key,             arrays_.exponent};
+    const PairPlace place{problem_,  plan_,      sequence,      positions(), tile_.end(), tile_.group(),
+                          tile.head, tile.first, tile_.first(), row,         key,         arrays_.exponent};
     const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
     constexpr int weights = weight_tile_ - gradient_tile_;
     if constexpr (General) differentiate_general<T, true>(place, table(turn), products, grads, to, to.at(weights));
@@ -206,7 +204,8 @@ class KeyGradients {
       const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
       const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8);
       const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8);
-      multiply_left_transposed<T, rows>(grad_value_, weights, rows_first<dim>(output_tile(turn)).from_chunk(column / 8));
+      multiply_left_transposed<T, rows>(grad_value_, weights,
+                                        rows_first<dim>(output_tile(turn)).from_chunk(column / 8));
       multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8));
     }
     if (!arrays_.grad_query) return;

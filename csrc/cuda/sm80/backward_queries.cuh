@@ -92,8 +92,7 @@ class QueryGradients {
       if (++at.group == problem_.groups()) return false;
       const std::int32_t begin = tile_.first / plan_tile * plan_tile, left = tile_.sequence.q_len - begin;
       constexpr std::int32_t size = rows < plan_tile ? plan_tile : rows;
-      const Interval seen =
-          entries_hull(problem_, plan_, tile_.sequence, begin, left < size ? left : size, at.group);
+      const Interval seen = entries_hull(problem_, plan_, tile_.sequence, begin, left < size ? left : size, at.group);
       at.first = seen.begin / 8 * 8, at.end = seen.end;  // dropout counts keys in eights
     }
     return true;
@@ -142,8 +141,18 @@ class QueryGradients {
                                 chunks_first<dim>(key_tile(turn) + key * row_bytes<dim>()));
     multiply_transposed<T, dim>(grads, rows_first<dim>(output_tile(at.group) + row * row_bytes<dim>()),
                                 chunks_first<dim>(key_tile(turn) + Shape::key_bytes + key * row_bytes<dim>()));
-    const PairPlace place{problem_, plan_, tile_.sequence, list_positions(plan_, tile_.sequence, at.group), at.end,
-                          at.group, head_, tile_.first, at.first, row, key, arrays_.exponent};
+    const PairPlace place{problem_,
+                          plan_,
+                          tile_.sequence,
+                          list_positions(plan_, tile_.sequence, at.group),
+                          at.end,
+                          at.group,
+                          head_,
+                          tile_.first,
+                          at.first,
+                          row,
+                          key,
+                          arrays_.exponent};
     const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
     differentiate_general<T, false>(place, table(turn), products, grads, to, to);
     prim::syncthreads();

@@ -34,8 +34,9 @@ __global__ void __launch_bounds__(sheet_threads)
   if (tile.count <= 0) return;
   const Sequence& s = tile.sequence;
   const std::int64_t first = (hull_index(plan, s) + tile.first / plan_tile) * plan_tile;
-  write_sheets<T>(arrays.grad_query + head * arrays.query_stride + first * sheet_width(arrays.key_chunks), arrays.key_chunks, 1, 0,
-                  arrays.scale, row_target(problem.grad_query, s, s.q_begin, head, problem.head_dim), tile.count,
+  write_sheets<T>(arrays.grad_query + head * arrays.query_stride + first * sheet_width(arrays.key_chunks),
+                  arrays.key_chunks, 1, 0, arrays.scale,
+                  row_target(problem.grad_query, s, s.q_begin, head, problem.head_dim), tile.count,
                   [&](int row) { return row_of(plan, s, tile.first + row); });
 }
 

@@ -23,6 +23,7 @@
 #include "cuda/sm80/key_ring.cuh"
 #include "cuda/sm80/pairs.cuh"
 #include "cuda/sm80/row_stores.cuh"
+#include "cuda/sm80/softmax.cuh"
 
 namespace mmca::cuda::sm80 {
 
@@ -53,88 +54,6 @@ struct ForwardFacts {
   float2* first_softmax;  // (m, l) of group 0, [query head][query token]: Merge::lse alone
   bool aligned_out;       // see store_out
 };
-
-// A warp's queries as fragments.
-template <int D, int M, bool Held>
-struct HeldQueries {
-  std::uint32_t a[D / 16][M][4];
-
-  PRIM void load(smem_t queries) {
-    const LanePlace<D> place = rows_first<D>(queries);
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k)
-#pragma unroll
-      for (int m = 0; m < M; ++m) load_a(a[k][m], place, 16 * m, 2 * k);
-  }
-  template <class T, int N>
-  PRIM void multiply(Accumulator<M, N>& s, LanePlace<D> keys_chunks_first) const {
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) multiply_columns<T>(s, a[k], keys_chunks_first, 2 * k);
-  }
-};
-template <int D, int M>
-struct HeldQueries<D, M, false> {};
-
-// ---- the running softmax -----------------------------------------------------------------------------------------
-
-template <int M>
-struct RunningSoftmax {
-  float top[M][2], sum[M][2];  // m, and this lane's part of l
-};
-
-template <int M>
-PRIM void clear(RunningSoftmax<M>& softmax) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax.top[m][h] = -infinity<float>(), softmax.sum[m][h] = 0.0f;
-}
-
-// p of scores in their place, and the factor f of what was summed up before. Products are positive multiples of scores:
-// c (t - m) in one operation.
-template <bool Products, int M, int N>
-PRIM void soften(Accumulator<M, N>& s, RunningSoftmax<M>& softmax, float (&factor)[M][2], float unit) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = softmax.top[m][h];
-#pragma unroll
-      for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-      top = quad_max(top);
-      const float reference = top == -infinity<float>() ? 0.0f : top, shift = -reference * unit;
-      const auto weight = [&](float x) {
-        return prim::exp2_approx(Products ? fmaf(x, unit, shift) : (x - reference) * unit);
-      };
-      factor[m][h] = weight(softmax.top[m][h]);
-      float even = 0.0f, odd = 0.0f;
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        s[m][n][2 * h] = weight(s[m][n][2 * h]), s[m][n][2 * h + 1] = weight(s[m][n][2 * h + 1]);
-        even += s[m][n][2 * h], odd += s[m][n][2 * h + 1];
-      }
-      softmax.sum[m][h] = fmaf(softmax.sum[m][h], factor[m][h], even + odd);
-      softmax.top[m][h] = top;
-    }
-}
-
-// d times f. That the sums take part in the question has them summed up before it, not in the shadow of the products
-// that follow, where each weight would live twice: in 32 bits and rounded.
-template <int M, int N>
-PRIM void rescale(Accumulator<M, N>& d, const float (&factor)[M][2], const RunningSoftmax<M>& softmax) {
-  bool same = true;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) same = same && factor[m][h] == 1.0f && softmax.sum[m][h] >= 0.0f;
-  if (!prim::any_lane(!same)) return;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) d[m][n][e] *= factor[m][e / 2];
-}
 
 // ---- a block's work ----------------------------------------------------------------------------------------------
 
@@ -225,33 +144,9 @@ PRIM void hide(Accumulator<M, N>& s, const Problem& problem, const DevicePlan& p
 
 // ---- the end of a group ------------------------------------------------------------------------------------------
 
-PRIM constexpr std::int64_t query_tokens(const Problem& problem) {
-  return problem.q_offsets ? problem.q_len : problem.batch * problem.q_len;
-}
 PRIM float2* first_softmax_of(const Problem& problem, const ForwardFacts& facts, const ForwardBlock& block,
                               std::int32_t row) {
   return facts.first_softmax + block.head * query_tokens(problem) + block.tile.sequence.q_token + row;
-}
-
-// The groups' outputs of a row have these weights. `last`: (m, l) of group 1.
-PRIM void merge_weights(const Problem& problem, const ForwardFacts& facts, const ForwardBlock& block, std::int32_t row,
-                        float2 last, float (&weight)[2]) {
-  weight[0] = weight[1] = 1.0f;
-  if (problem.merge == Merge::gate) {
-    weight[0] = ld_global(statistic<float>(problem.gate, block.tile.sequence, 0, block.head, row));
-    weight[1] = ld_global(statistic<float>(problem.gate, block.tile.sequence, 1, block.head, row));
-  } else if (problem.merge == Merge::lse) {
-    const float unit = problem.shapes_scores() ? static_cast<float>(log2_e) : 1.0f;
-    joint_weights(ld_global(first_softmax_of(problem, facts, block, row)), last, unit, weight);
-  }
-}
-
-// What makes up for the weights that dropout took.
-PRIM float dropout_factor(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
-                          std::int32_t entry) {
-  const PairDropout dropout(problem, sequence, 0);
-  const bool drops = dropout.any() && !(group == 1 && is_self_entry(plan, sequence, entry));
-  return drops ? dropout.kept() : 1.0f;
 }
 
 // O_r and lse_r of a group that is done: to where they are wanted, or, of the last group, merged with the other's.
@@ -292,7 +187,11 @@ PRIM void finish_group(const Problem& problem, const DevicePlan& plan, const For
       return;
     }
     float weight[2]{1.0f, 1.0f};
-    if (own_row >= 0) merge_weights(problem, facts, block, own_row, own, weight);
+    if (own_row >= 0) {
+      float2 first{0.0f, 0.0f};
+      if (problem.merge == Merge::lse) first = ld_global(first_softmax_of(problem, facts, block, own_row));
+      merge_weights(problem, sequence, head, own_row, first, own, weight);
+    }
     multiply_rows_of_lanes(out, weight[1]);
     add_group_out(out, facts.group_out, sequence, 0, head, own_row, value_dim, weight[0]);
   }

@@ -117,8 +117,8 @@ PRIM void differentiate_general(const PairPlace& at, const RowTable<Rows>& table
       const bool looks = seen.begin < seen.end;
       const std::int32_t row = looks ? row_of(at.plan, at.sequence, at.first_entry + r) : 0;
       float factor[N][2];
-      const bool drops = dropout.any() && !(at.group == 1 && looks &&
-                                            is_self_entry(at.plan, at.sequence, at.first_entry + r));
+      const bool drops =
+          dropout.any() && !(at.group == 1 && looks && is_self_entry(at.plan, at.sequence, at.first_entry + r));
       if (dropout.any()) dropout_factors(dropout, at, row, position, factor);
 #pragma unroll
       for (int n = 0; n < N; ++n) {

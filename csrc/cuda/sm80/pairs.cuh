@@ -48,7 +48,10 @@ PRIM void shape_scores(float (&score)[N][4], const PairScores<float>& scores, co
       score[n][e] = shaped ? scores.capped(score[n][e], slope) : score[n][e] * scale_log2;
     }
   scores.with_bias([&](auto bias) {
-    for_pairs(score, rows, [&](float& s, int h, std::int32_t key) { s += bias(rows.row[h], key); });
+    for_pairs(score, rows, [&](float& s, int h, std::int32_t key) {
+      const float b = bias(rows.row[h], key);
+      s = b == -infinity<float>() ? b : s + b;  // it hides even a NaN
+    });
   });
   for_pairs(score, rows, [&](float& s, int h, std::int32_t key) {
     if (!scores.visible(rows.row[h], key)) s = -infinity<float>();

@@ -6,6 +6,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/row_results.cuh"
+#include "cuda/scores.cuh"
 #include "cuda/sm80/tile.cuh"
 
 namespace mmca::cuda::sm80 {
@@ -44,6 +45,29 @@ PRIM void joint_weights(float2 first, float2 last, float unit, float (&weight)[2
   const float e[2] = {first.y * prim::exp2_approx((first.x - best) * unit),
                       last.y * prim::exp2_approx((last.x - best) * unit)};
   weight[0] = e[0] / (e[0] + e[1]), weight[1] = e[1] / (e[0] + e[1]);
+}
+// The weights of the groups' outputs of a row. first, last: (m, l) of group 0 and 1, for Merge::lse.
+PRIM void merge_weights(const Problem& problem, const Sequence& sequence, std::int64_t head, std::int32_t row,
+                        float2 first, float2 last, float (&weight)[2]) {
+  weight[0] = weight[1] = 1.0f;
+  if (problem.merge == Merge::gate) {
+    weight[0] = ld_global(statistic<float>(problem.gate, sequence, 0, head, row));
+    weight[1] = ld_global(statistic<float>(problem.gate, sequence, 1, head, row));
+  } else if (problem.merge == Merge::lse) {
+    joint_weights(first, last, problem.shapes_scores() ? static_cast<float>(log2_e) : 1.0f, weight);
+  }
+}
+
+// What makes up for the weights that dropout took.
+PRIM float dropout_factor(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
+                          std::int32_t entry) {
+  const PairDropout dropout(problem, sequence, 0);
+  const bool drops = dropout.any() && !(group == 1 && is_self_entry(plan, sequence, entry));
+  return drops ? dropout.kept() : 1.0f;
+}
+
+PRIM constexpr std::int64_t query_tokens(const Problem& problem) {
+  return problem.q_offsets ? problem.q_len : problem.batch * problem.q_len;
 }
 // O_r in fp32, value_dim neighbouring numbers a row.
 struct GroupOut {

@@ -59,8 +59,8 @@ class RowTiles {
       const std::int32_t left = sequence.q_len - begin, size = Rows < plan_tile ? plan_tile : Rows;
       seen = entries_hull(problem, plan, sequence, begin, left < size ? left : size, group);
     }
-    const bool meets = (seen.begin > keys.begin ? seen.begin : keys.begin) <
-                       (seen.end < keys.end ? seen.end : keys.end);
+    const bool meets =
+        (seen.begin > keys.begin ? seen.begin : keys.begin) < (seen.end < keys.end ? seen.end : keys.end);
     met_ = meets ? 1u << lane : 0u;
     for (int step = 1; step < warp_size; step *= 2) met_ |= prim::shfl_xor(met_, step);
   }

@@ -1,8 +1,8 @@
 // For the backward: sums in float of whole tiles in global memory, added up by several blocks or kept for one that
 // rounds them at the end.
 //
-// A sheet is rows of `width` numbers (a multiple of 8) in pieces of 16 x 8, each as the accumulators of a warp: lane l's
-// four at float 4 l of the piece. Every access of a warp to a piece is thus one run of 512 bytes.
+// A sheet is rows of `width` numbers (a multiple of 8) in pieces of 16 x 8, each as the accumulators of a warp: lane
+// l's four at float 4 l of the piece. Every access of a warp to a piece is thus one run of 512 bytes.
 #pragma once
 
 #include "cuda/sm80/gradient_rows.cuh"
@@ -25,7 +25,8 @@ PRIM void store_pieces(const Accumulator<M, N>& d, float* piece, int width, int 
 #pragma unroll
     for (int n = 0; n < N; ++n)
       if (column + 8 * n < width)
-        prim::st_global(reinterpret_cast<float4*>(piece + 128 * n), float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
+        prim::st_global(reinterpret_cast<float4*>(piece + 128 * n),
+                        float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
 }
 // The same, added to what is there; `rows`: how many of them there are.
 template <int M, int N>

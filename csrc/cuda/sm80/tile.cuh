@@ -266,6 +266,27 @@ PRIM void multiply_left_transposed(Accumulator<M, N>& d, LanePlace<Dx> x_chunks_
   }
 }
 
+// A warp's 16 M rows of queries as fragments; in registers or not at all.
+template <int D, int M, bool Held>
+struct HeldQueries {
+  std::uint32_t a[D / 16][M][4];
+
+  PRIM void load(smem_t queries) {
+    const LanePlace<D> place = rows_first<D>(queries);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int m = 0; m < M; ++m) load_a(a[k][m], place, 16 * m, 2 * k);
+  }
+  template <class T, int N>
+  PRIM void multiply(Accumulator<M, N>& s, LanePlace<D> keys_chunks_first) const {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) multiply_columns<T>(s, a[k], keys_chunks_first, 2 * k);
+  }
+};
+template <int D, int M>
+struct HeldQueries<D, M, false> {};
+
 // ---- rows of an accumulator ----------------------------------------------------------------------------------------
 
 // Row h (0 or 1) of an m16 accumulator's two rows of a lane, counted in the 16.
