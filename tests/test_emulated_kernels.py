@@ -31,6 +31,11 @@ def device():
     device.reset()
 
 
+@pytest.fixture(autouse=True)
+def unchecked_index_tensors(monkeypatch):
+    monkeypatch.delenv("MMCA_EXT_VALIDATE", raising=False)
+
+
 @pytest.fixture
 def order(device):
     """Sets the order in which warps, lanes and blocks run."""
@@ -207,3 +212,13 @@ def test_problems_of_the_catalogue(name):
         expected = results_of(**given)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_every_kernel_has_a_line_in_the_status():
+    """bench/results/gpu_status.md says of each kernel whether a GPU has run it."""
+    with open(emulated_device.ROOT / "bench" / "results" / "gpu_status.md") as file:
+        text = file.read()
+    for kernel in emulated_device.load().launches():
+        stem, dtype = kernel.rsplit(".", 1)
+        lines = [line for line in text.splitlines() if f"`{stem}." in line]
+        assert any(f".{dtype}`" in line for line in lines), kernel
