@@ -1,10 +1,12 @@
-"""nvcc for setup.py: what ptxas says of every kernel is kept beside the object, and a kernel that spills is an error.
+"""nvcc for setup.py: what ptxas says of every kernel is kept beside the object, and a kernel that spills is told of: in
+one line, or, with MMCA_EXT_STRICT=1 (as the Makefile has it), as an error.
 
 python cuda_compiler.py NVCC ARGUMENT...     compiles; ARGUMENTs name one object (-o) and ask ptxas to be verbose
 python cuda_compiler.py --report [FOLDER]    registers, stack and spills of all kernels compiled there
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -73,10 +75,13 @@ def compile_one(command):
     if done.returncode != 0:
         print(done.stdout, file=sys.stderr)
         return done.returncode
-    if wrong := faults(kernels, warnings):
+    wrong = faults(kernels, warnings)
+    if wrong and os.environ.get("MMCA_EXT_STRICT") == "1":
         target.unlink(missing_ok=True)
         print("\n".join([f"cuda_compiler.py: {target.name}", *wrong, "(exceptions: ACCEPTED)"]), file=sys.stderr)
         return 1
+    if wrong:
+        print(f"mmca_ext: {target.name}: {len(wrong)} remarks of ptxas on speed, the first: {wrong[0]}", flush=True)
     facts = {"object": target.name, "seconds": round(seconds, 1), "kernels": kernels}
     Path(f"{target}.kernels.json").write_text(json.dumps(facts, indent=1))
     return 0

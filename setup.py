@@ -3,7 +3,8 @@
 What can be declared is declared in pyproject.toml. Here is what must be found out: the torch to build against, the CUDA
 compiler, and the facts that the binary carries about its own build.
 
-Environment: FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_THREADS, MAX_JOBS.
+Environment: FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_THREADS, MAX_JOBS,
+PYTORCH_NVCC; MMCA_EXT_STRICT=1: a CUDA kernel that spills registers is an error (cuda_compiler.py).
 """
 
 import json

@@ -28,7 +28,8 @@ struct BackwardShape {
   static constexpr int key_rows = key_rows_, key_columns = warps / key_rows;          // dK, dV
   static constexpr int query_rows = query_rows_, query_columns = warps / query_rows;  // dQ
   static constexpr int key_bytes = keys * row_bytes<dim>(), row_tile_bytes = rows * row_bytes<dim>();
-  static constexpr int pair_bytes = rows * row_bytes<keys>();
+  static constexpr int pair = keys < 64 ? 64 : keys;  // a row of the tiles of pairs
+  static constexpr int pair_bytes = rows * row_bytes<pair>();
 
   static constexpr std::size_t shared_bytes(int stages) {
     return 2 * key_bytes + 2 * pair_bytes + stages * 2 * row_tile_bytes + 2 * RowTable<rows>::bytes + 128;
@@ -111,7 +112,7 @@ class KeyGradients {
   }
 
  private:
-  static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows;
+  static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows, pair = Shape::pair;
   static constexpr int loaded_rows = rows / Shape::warps < 8 ? 8 : rows / Shape::warps;  // by a warp, if any
   static constexpr int loaded_keys = keys / Shape::warps;
   static constexpr int score_m = rows / Shape::score_rows / 16, score_n = keys / Shape::score_columns / 8;
@@ -193,7 +194,7 @@ class KeyGradients {
     const PairPlace place{
         problem_,   plan_,         sequence, positions(), tile_.end(),      tile_.group(),        tile.head,
         tile.first, tile_.first(), row,      key,         arrays_.exponent, arrays_.weight_factor};
-    const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
+    const auto to = fragment_place<pair>(gradient_tile_ + row * row_bytes<pair>()).from_chunk(key / 8);
     constexpr int weights = weight_tile_ - gradient_tile_;
     if constexpr (General) differentiate_general<T, true>(place, table(turn), products, grads, to, to.at(weights));
     else differentiate_plain<T, true>(place, table(turn), products, grads, to, to.at(weights));
@@ -203,8 +204,8 @@ class KeyGradients {
     {
       const int key = warp_of_thread() / Shape::key_columns * (16 * key_m);
       const int column = warp_of_thread() % Shape::key_columns * (8 * key_n);
-      const auto weights = chunks_first<keys>(weight_tile_).from_chunk(key / 8);
-      const auto gradients = chunks_first<keys>(gradient_tile_).from_chunk(key / 8);
+      const auto weights = chunks_first<pair>(weight_tile_).from_chunk(key / 8);
+      const auto gradients = chunks_first<pair>(gradient_tile_).from_chunk(key / 8);
       multiply_left_transposed<T, rows>(grad_value_, weights,
                                         rows_first<dim>(output_tile(turn)).from_chunk(column / 8));
       multiply_left_transposed<T, rows>(grad_key_, gradients, rows_first<dim>(query_tile(turn)).from_chunk(column / 8));
@@ -214,7 +215,7 @@ class KeyGradients {
     const int column = warp_of_thread() % Shape::query_columns * (8 * query_n);
     Accumulator<query_m, query_n> grad_query;
     clear(grad_query);
-    multiply<T, keys>(grad_query, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()),
+    multiply<T, keys>(grad_query, rows_first<pair>(gradient_tile_ + row * row_bytes<pair>()),
                       rows_first<dim>(key_tile_).from_chunk(column / 8));
     const int width = sheet_width(arrays_.key_chunks);
     const std::int64_t piece = hull_index(plan_, tile_.sequence()) * (plan_tile / 16) + (tile.first + row) / 16;

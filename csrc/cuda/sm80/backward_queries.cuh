@@ -14,7 +14,8 @@ template <int dim_, int keys_, int rows_, int warps_, int score_rows_>
 struct QueryShape {
   static constexpr int dim = dim_, keys = keys_, rows = rows_, warps = warps_, threads = warps * warp_size;
   static constexpr int score_rows = score_rows_, columns = warps / score_rows;
-  static constexpr int pair_bytes = rows * row_bytes<keys>(), row_tile_bytes = rows * row_bytes<dim>();
+  static constexpr int pair = keys < 64 ? 64 : keys;  // a row of the tiles of pairs
+  static constexpr int pair_bytes = rows * row_bytes<pair>(), row_tile_bytes = rows * row_bytes<dim>();
   static constexpr int key_bytes = keys * row_bytes<dim>();
   static constexpr int table_bytes = (RowTable<rows>::bytes + 127) / 128 * 128;
   static constexpr int stage_bytes = 2 * key_bytes + table_bytes;
@@ -63,7 +64,7 @@ class QueryGradients {
   }
 
  private:
-  static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows;
+  static constexpr int dim = Shape::dim, keys = Shape::keys, rows = Shape::rows, pair = Shape::pair;
   static constexpr int loaded_rows = rows / Shape::warps, loaded_keys = keys / Shape::warps;
   static constexpr int m = rows / Shape::score_rows / 16, score_n = keys / Shape::columns / 8,
                        n = dim / Shape::columns / 8;
@@ -154,11 +155,11 @@ class QueryGradients {
                           key,
                           arrays_.exponent,
                           arrays_.weight_factor};
-    const auto to = fragment_place<keys>(gradient_tile_ + row * row_bytes<keys>()).from_chunk(key / 8);
+    const auto to = fragment_place<pair>(gradient_tile_ + row * row_bytes<pair>()).from_chunk(key / 8);
     differentiate_general<T, false>(place, table(turn), products, grads, to, to);
     prim::syncthreads();
     const int column = warp_of_thread() % Shape::columns * (8 * n);
-    multiply<T, keys>(grad_query_, rows_first<keys>(gradient_tile_ + row * row_bytes<keys>()),
+    multiply<T, keys>(grad_query_, rows_first<pair>(gradient_tile_ + row * row_bytes<pair>()),
                       rows_first<dim>(key_tile(turn)).from_chunk(column / 8));
   }
 
