@@ -37,7 +37,8 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-g0", "-fvisibility=hidden", "-fn
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"]
 NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-fno-math-errno"]
 NVCC_FLAGS += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage"]
-CUDA_ARCHS = "8.0;9.0a;10.0+PTX"  # 9.0a, not 9.0: wgmma and setmaxnreg exist only there
+# 9.0a, not 9.0: wgmma and setmaxnreg exist only there, but no later GPU runs it. nvcc knows 10.0 from 12.8 on.
+CUDA_ARCHS, CUDA_ARCHS_BEFORE_12_8 = "8.0;9.0a;10.0+PTX", "8.0;9.0a;9.0+PTX"
 
 # Linked without -fopenmp, so that the OpenMP symbols come from the one runtime torch has loaded, never from a second
 # one. -z now: a symbol that is nowhere fails the import, not the first call.
@@ -69,7 +70,7 @@ def find_cuda_toolkit():
     elif toolkit is None:
         missing = f"no nvcc in CUDA_HOME={home}" if home else "no nvcc found; set CUDA_HOME if there is one"
     else:
-        print(f"mmca_ext: CUDA kernels for {cuda_archs()} with {toolkit}", flush=True)
+        print(f"mmca_ext: CUDA kernels for {cuda_archs(toolkit)} with {toolkit}", flush=True)
         return toolkit
     if force == "1":
         raise SetupError(f"FORCE_CUDA=1, but {missing}")
@@ -77,13 +78,15 @@ def find_cuda_toolkit():
     return None
 
 
-def cuda_archs():
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
-
-
 def cuda_version(toolkit):
+    """(major, minor)"""
     number = int(re.search(r"#define CUDA_VERSION (\d+)", (toolkit / "include/cuda.h").read_text())[1])
-    return f"{number // 1000}.{number % 1000 // 10}"
+    return number // 1000, number % 1000 // 10
+
+
+def cuda_archs(toolkit):
+    ours = CUDA_ARCHS if cuda_version(toolkit) >= (12, 8) else CUDA_ARCHS_BEFORE_12_8
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ours
 
 
 def git_commit():
@@ -171,8 +174,8 @@ class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
             "torch": str(torch.__version__),
             "python": sysconfig.get_python_version(),
             "flags": " ".join(CXX_FLAGS),
-            "cuda": toolkit and cuda_version(toolkit),
-            "cuda_archs": toolkit and cuda_archs(),
+            "cuda": toolkit and "{}.{}".format(*cuda_version(toolkit)),
+            "cuda_archs": toolkit and cuda_archs(toolkit),
             "commit": git_commit(),
         }
         generated = Path(self.build_temp) / GENERATED
@@ -189,7 +192,7 @@ class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
         nvcc = shlex.split(os.environ.get("PYTORCH_NVCC", str(toolkit / "bin/nvcc")))
         os.environ["PYTORCH_NVCC"] = shlex.join([sys.executable, str(ROOT / "cuda_compiler.py"), *nvcc])
         cpp_extension.CUDA_HOME = str(toolkit)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(toolkit)
         extension.sources += sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
         extension.include_dirs.append(str(toolkit / "include"))
         extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]

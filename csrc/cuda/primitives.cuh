@@ -197,32 +197,44 @@ struct DeviceFacts {
   int sm = 0;  // 10 * major + minor
   int multiprocessors = 0;
 };
-// Of the current device.
-inline DeviceFacts device_facts() {
-  int device = 0, major = 0, minor = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return {10 * major + minor, count};
+
+// An error stays behind in the runtime too, where the next launch would find it.
+inline int reported(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// Makes a device the current one and says what it is; 0 or an error for error_text, like all that follows.
+inline int use_device(int device, DeviceFacts& facts) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaSetDevice(device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (!error) error = cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  facts.sm = 10 * major + minor;
+  return reported(error);
 }
 
 // Empty: no error.
 inline std::string error_text(int error) {
   return error ? cudaGetErrorString(static_cast<cudaError_t>(error)) : std::string();
 }
-inline bool is_missing_kernel(int error) { return error == cudaErrorNoKernelImageForDevice; }
+inline bool is_missing_kernel(int error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+}
 
-inline int fill_zero(void* p, std::size_t bytes, stream_t stream) { return cudaMemsetAsync(p, 0, bytes, stream); }
+inline int fill_zero(void* p, std::size_t bytes, stream_t stream) {
+  return reported(cudaMemsetAsync(p, 0, bytes, stream));
+}
 
-// Starts `kernel`; returns 0 or an error for error_text.
+// Starts `kernel`.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, stream_t stream,
            const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return reported(error);
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();

@@ -36,7 +36,7 @@ void run_on_cuda(Operation operation, const Problem& problem, c10::Device device
   const c10::DeviceGuard guard(device);
   const c10::impl::VirtualGuardImpl streams(device.type());
   TorchWorkspace workspace(device);
-  cuda::run(operation, problem, workspace, streams.getStream(device).native_handle());
+  cuda::run(operation, problem, workspace, device.index(), streams.getStream(device).native_handle());
 }
 
 }  // namespace

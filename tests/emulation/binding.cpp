@@ -201,7 +201,7 @@ class DeviceProblem {
 
 void run_on_emulated_device(Operation operation, const Problem& problem, c10::Device) {
   DeviceMemory memory;
-  cuda::run(operation, DeviceProblem(problem, operation, memory).moved, memory, nullptr);
+  cuda::run(operation, DeviceProblem(problem, operation, memory).moved, memory, /*device=*/0, nullptr);
 }
 
 const Backend emulated_backend{true, &cuda::needs_aligned_rows, &run_on_emulated_device};

@@ -160,7 +160,8 @@ int probe_shape(const unsigned* grid, const unsigned* block, std::size_t shared_
                       shared_bytes, nullptr);
 }
 void probe_device(int* facts) {
-  const prim::DeviceFacts device = prim::device_facts();
+  prim::DeviceFacts device;
+  prim::use_device(0, device);
   facts[0] = device.sm, facts[1] = device.multiprocessors;
 }
 bool probe_is_missing_kernel(int error) { return prim::is_missing_kernel(error); }

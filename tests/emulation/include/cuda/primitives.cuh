@@ -172,7 +172,10 @@ struct DeviceFacts {
   int sm = 0;
   int multiprocessors = 0;
 };
-inline DeviceFacts device_facts() { return {emulation::device_sm(), emulation::device_multiprocessors()}; }
+inline int use_device(int, DeviceFacts& facts) {
+  facts = {emulation::device_sm(), emulation::device_multiprocessors()};
+  return 0;
+}
 
 inline std::string error_text(int error) { return error ? emulation::last_error() : std::string(); }
 inline bool is_missing_kernel(int error) { return error == emulation::missing_kernel; }
