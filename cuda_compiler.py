@@ -16,9 +16,7 @@ from pathlib import Path
 
 # Kernels that may use a stack or spill: the pattern of their (demangled) names, and why. A warning of ptxas is accepted
 # in the same way, by its text.
-ACCEPTED = {
-    "plan_kernel": "runs once a call over index arrays and waits for memory; 20 bytes on sm_80",
-}
+ACCEPTED = {}
 
 COLUMNS = ("registers", "stack", "spill_stores", "spill_loads", "shared")
 

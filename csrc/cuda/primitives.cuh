@@ -172,6 +172,9 @@ template <class T>
 PRIM T shfl(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
+inline constexpr std::uint32_t all_lanes = 0xffffffffu;
+// Bit i: the condition of lane i.
+PRIM std::uint32_t ballot(bool condition) { return __ballot_sync(all_lanes, condition); }
 PRIM bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 PRIM void syncthreads() { __syncthreads(); }
 PRIM bool syncthreads_or(bool condition) { return __syncthreads_or(condition); }
@@ -183,6 +186,8 @@ PRIM std::uint32_t opaque(std::uint32_t x) {
   return x;
 }
 
+PRIM int count_bits(std::uint32_t x) { return __popc(static_cast<int>(x)); }
+PRIM int leading_zeros(std::uint32_t x) { return __clz(static_cast<int>(x)); }
 PRIM float exp2_approx(float x) {  // 2 ulp; -inf gives 0, results below 2^-126 are 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -142,6 +142,19 @@ template <class T>
 T shfl(T x, int lane, MMCA_HERE) {
   return shfl_any(x, lane & 31, at);
 }
+inline constexpr std::uint32_t all_lanes = emulation::all_lanes;
+PRIM std::uint32_t ballot(bool condition, MMCA_HERE) {
+  struct Vote {
+    bool condition;
+    std::uint32_t all;
+  } mine{condition, 0};
+  emulation::warp_collective(mine, at, [](Vote** lanes) {
+    std::uint32_t all = 0;
+    for (int i = 0; i < emulation::warp_size; ++i) all |= std::uint32_t{lanes[i]->condition} << i;
+    for (int i = 0; i < emulation::warp_size; ++i) lanes[i]->all = all;
+  });
+  return mine.all;
+}
 PRIM bool any_lane(bool condition, MMCA_HERE) {
   emulation::warp_collective(condition, at, [](bool** lanes) {
     bool any = false;
@@ -159,6 +172,8 @@ PRIM void syncwarp(MMCA_HERE) {
 
 PRIM std::uint32_t opaque(std::uint32_t x) { return x; }
 
+PRIM int count_bits(std::uint32_t x) { return __builtin_popcount(x); }
+PRIM int leading_zeros(std::uint32_t x) { return x ? __builtin_clz(x) : 32; }
 PRIM float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
