@@ -165,6 +165,17 @@ PRIM void syncthreads() { __syncthreads(); }
 PRIM bool syncthreads_or(bool condition) { return __syncthreads_or(condition); }
 PRIM void syncwarp() { __syncwarp(); }
 
+// x, of which the compiler knows nothing more: what is computed from it in a loop stays there instead of filling
+// registers around the loop.
+PRIM std::int32_t opaque(std::int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+PRIM std::int64_t opaque(std::int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 PRIM float exp2_approx(float x) {  // 2 ulp; -inf gives 0, results below 2^-126 are 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

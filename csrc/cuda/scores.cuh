@@ -21,7 +21,8 @@ template <class T>
 class PairScores {
  public:
   PRIM PairScores(const Problem& problem, const Sequence& sequence, std::int64_t head)
-      : mask_(problem.attn_mask.data),
+      : problem_(problem),
+        mask_(problem.attn_mask.data),
         bias_(problem.bias.data),
         bias_dtype_(problem.bias_dtype),
         scale_(static_cast<T>(problem.scale)),
@@ -36,16 +37,23 @@ class PairScores {
     return !mask_ || ld_global(mask_ + row * mask_row_ + key * mask_key_);
   }
 
-  // The natural score of product t; `slope`: 1 - tanh^2, or 1 without a softcap.
-  PRIM T score(T t, std::int64_t row, std::int64_t key, T& slope) const {
+  // The natural score of product t.
+  PRIM T score(T t, std::int64_t row, std::int64_t key) const {
+    if (!visible(row, key)) return -infinity<T>();
     T s = scale_ * t;
-    slope = T(1);
-    if (softcap_ > T(0)) {
-      const T y = s / softcap_, e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
-      s = softcap_ * tanh_of(y), slope = T(4) * e / ((T(1) + e) * (T(1) + e));
-    }
-    if (bias_) s += bias(row, key);
-    return visible(row, key) ? s : -infinity<T>();
+    if (softcap_ > T(0)) s = softcap_ * tanh_of(s / softcap_);
+    return bias_ ? s + bias(row, key) : s;
+  }
+  // Its slope, without the scale: 1 - tanh^2, or 1 without a softcap.
+  PRIM static T slope(const Problem& problem, T t) {
+    if (!(problem.softcap > 0)) return T(1);
+    const T y = static_cast<T>(problem.scale) * t / static_cast<T>(problem.softcap);
+    const T e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
+    return T(4) * e / ((T(1) + e) * (T(1) + e));
+  }
+  PRIM T score(T t, std::int64_t row, std::int64_t key, T& slope) const {
+    slope = PairScores::slope(problem_, t);
+    return score(t, row, key);
   }
 
  private:
@@ -58,6 +66,7 @@ class PairScores {
     return number_at<T>(bias_, bias_dtype_, bias_first_ + row * bias_row_ + key * bias_key_);
   }
 
+  const Problem& problem_;
   const std::uint8_t* mask_;
   const void* bias_;
   DType bias_dtype_;

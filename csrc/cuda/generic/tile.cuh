@@ -27,8 +27,8 @@ struct alignas(16) Chunk {
   T x[size];
 };
 
-// width: the features of a row in shared memory; head_dim and value_dim are no more, the rest is zero. blocks: of so many
-// the registers fit a multiprocessor; unroll: steps of products() that registers are left for.
+// width: the features of a row in shared memory; head_dim and value_dim are no more, the rest is zero. blocks: of so
+// many the registers fit a multiprocessor; unroll: steps of products() that registers are left for.
 template <class T, int width_, int own_steps_, int passing_steps_, int blocks_, int unroll_ = 1>
 struct Shape {
   static constexpr int width = width_, own_steps = own_steps_, passing_steps = passing_steps_;
@@ -196,6 +196,7 @@ PRIM bool is_hidden(double weight) {
   return bits == std::uint64_t{1} << 63;
 }
 
+// To and from shared memory: this thread's own pairs.
 template <class S, class T>
 PRIM void store_weights(const Place& place, smem_t weights, const T (&w)[S::own_steps][S::passing_steps]) {
   const smem_t at = weights + place.own_row<S>(0) * S::weight_pitch + place.passing_row(0) * sizeof(T);
@@ -204,6 +205,16 @@ PRIM void store_weights(const Place& place, smem_t weights, const T (&w)[S::own_
 #pragma unroll
     for (int j = 0; j < S::passing_steps; ++j)
       st_shared(at + i * lanes_y * S::weight_pitch + j * lanes_x * sizeof(T), w[i][j]);
+}
+
+template <class S, class T>
+PRIM void load_weights(const Place& place, smem_t weights, T (&w)[S::own_steps][S::passing_steps]) {
+  const smem_t at = weights + place.own_row<S>(0) * S::weight_pitch + place.passing_row(0) * sizeof(T);
+#pragma unroll
+  for (int i = 0; i < S::own_steps; ++i)
+#pragma unroll
+    for (int j = 0; j < S::passing_steps; ++j)
+      w[i][j] = ld_shared<T>(at + i * lanes_y * S::weight_pitch + j * lanes_x * sizeof(T));
 }
 
 // sum[i] += weights of own row i times the passing rows, this thread's columns of it: chunk c is feature_chunk(c).
@@ -262,16 +273,52 @@ PRIM void store_row(const Place& place, T* row, std::int64_t feature, int dim, c
   }
 }
 
-// ---- scores of pairs -----------------------------------------------------------------------------------------------
+// ---- pairs ---------------------------------------------------------------------------------------------------------
 
-// From a product to what exponents are taken of: its score, or, where scores are but scaled products, the product with
-// the sign of the scale; -inf where the mask hides.
-template <class T>
-PRIM T pair_score(const Problem& problem, const PairScores<T>& pairs, const ExponentScale<T>& scale, T product,
-                  std::int32_t row, std::int32_t key, T& slope) {
-  if (problem.shapes_scores()) return pairs.score(product, row, key, slope);
-  slope = T(1);
-  return pairs.visible(row, key) ? product * scale.factor : -infinity<T>();
+// What a block knows of the rows of a tile, in shared memory.
+struct alignas(16) RowView {
+  Interval range;           // of the list of the group at hand
+  std::int32_t row;         // of the sequence; -1: none
+  std::int32_t self_group;  // 1: the row itself is its image group, whose weight is never dropped
+
+  PRIM bool sees(std::int32_t c) const { return c >= range.begin && c < range.end; }
+  PRIM bool meets(std::int32_t begin, std::int32_t end) const {
+    return range.begin < range.end && range.begin < end && range.end > begin;
+  }
+};
+
+// Row r of a tile of `count` rows that starts at entry `first` of a sequence.
+PRIM RowView view_of(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
+                     std::int32_t first, std::int32_t count, int r) {
+  if (r >= count) return {{0, 0}, -1, 0};
+  const std::int32_t entry = first + r;
+  return {entry_range(problem, plan, sequence, entry, group), row_of(plan, sequence, entry),
+          group == 1 && is_self_entry(plan, sequence, entry)};
+}
+
+// Are scores more than products with a sign and an interval?
+PRIM bool shapes_pairs(const Problem& problem) { return problem.shapes_scores() || problem.attn_mask.data; }
+
+// From products to what exponents are taken of, by a loop over the pairs in shared memory, where it takes few
+// registers: scores; or, where scores are but scaled products, the product with the sign of the scale. -inf where the
+// mask hides, and where row_at(own, passing) or key_at(own, passing) is negative.
+template <class S, class T, class RowAt, class KeyAt>
+PRIM void shape_pairs(const Place& place, smem_t weights, const Problem& problem, const Sequence& sequence,
+                      std::int64_t head, T factor, RowAt row_at, KeyAt key_at) {
+  const PairScores<T> pairs(problem, sequence, head);
+#pragma unroll 1
+  for (int u = 0; u < S::own_steps * S::passing_steps; ++u) {
+    const int own = place.own_row<S>(u / S::passing_steps), passing = place.passing_row(u % S::passing_steps);
+    const smem_t at = weights + own * S::weight_pitch + passing * sizeof(T);
+    const std::int32_t row = row_at(own, passing), key = key_at(own, passing);
+    T s = -infinity<T>();
+    if (row >= 0 && key >= 0) {
+      const T product = ld_shared<T>(at);
+      if (problem.shapes_scores()) s = pairs.score(product, row, key);
+      else if (pairs.visible(row, key)) s = product * factor;
+    }
+    st_shared(at, s);
+  }
 }
 
 // ---- dropout -------------------------------------------------------------------------------------------------------

@@ -151,6 +151,9 @@ PRIM void syncwarp(MMCA_HERE) {
   emulation::warp_collective(nothing, at, [](int**) { emulation::begin_warp_interval(); });
 }
 
+PRIM std::int32_t opaque(std::int32_t x) { return x; }
+PRIM std::int64_t opaque(std::int64_t x) { return x; }
+
 PRIM float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
