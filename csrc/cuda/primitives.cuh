@@ -171,10 +171,6 @@ PRIM std::int32_t opaque(std::int32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-PRIM std::int64_t opaque(std::int64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
 
 PRIM float exp2_approx(float x) {  // 2 ulp; -inf gives 0, results below 2^-126 are 0
   float y;

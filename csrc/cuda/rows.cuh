@@ -34,11 +34,6 @@ PRIM Sequence sequence_at(const Problem& problem, const DevicePlan& plan, std::i
   const std::int32_t q_end = ld_global(plan.q_offsets + b + 1), k_end = ld_global(plan.k_offsets + b + 1);
   return {b, q_end - q, k_end - k, q, k, q, k};
 }
-// The same for the body of a loop, so that nothing made from it waits in registers around the loop.
-PRIM Sequence opaque(const Sequence& s) {
-  return {prim::opaque(s.index),   prim::opaque(s.q_len),   prim::opaque(s.k_len),  prim::opaque(s.q_begin),
-          prim::opaque(s.k_begin), prim::opaque(s.q_token), prim::opaque(s.k_token)};
-}
 // What lies past the last offset: its rows see nothing and its keys are in no list.
 PRIM bool is_rest(const DevicePlan& plan, const Sequence& sequence) {
   return plan.q_offsets && sequence.index == plan.sequences - 1;

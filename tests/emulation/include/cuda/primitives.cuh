@@ -152,7 +152,6 @@ PRIM void syncwarp(MMCA_HERE) {
 }
 
 PRIM std::int32_t opaque(std::int32_t x) { return x; }
-PRIM std::int64_t opaque(std::int64_t x) { return x; }
 
 PRIM float exp2_approx(float x) {
   const float y = std::exp2(x);
