@@ -3,12 +3,14 @@
 What can be declared is declared in pyproject.toml. Here is what must be found out: the torch to build against, the CUDA
 compiler, and the facts that the binary carries about its own build.
 
-Environment: FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_THREADS, MAX_JOBS.
+Environment: FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_THREADS, MAX_JOBS,
+PYTORCH_NVCC; MMCA_EXT_STRICT=1: a CUDA kernel that spills registers is an error (cuda_compiler.py).
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -31,7 +33,10 @@ GENERATED = "build_info.cpp"
 # No -m flags: the binary runs on any machine of its architecture, and a kernel file that needs more says so itself
 # (`#pragma GCC target`). -std=c++20 is what torch's headers ask for; csrc/CMakeLists.txt holds the kernels to C++17.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-fno-math-errno"]
+# What ptxas warns of and how many registers it takes go to cuda_compiler.py, which fails where a kernel spills.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"]
+NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-fno-math-errno"]
+NVCC_FLAGS += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage"]
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"  # 9.0a, not 9.0: wgmma and setmaxnreg exist only there
 
 # Linked without -fopenmp, so that the OpenMP symbols come from the one runtime torch has loaded, never from a second
@@ -125,6 +130,17 @@ def write_if_changed(path, text):
         path.write_text(text)
 
 
+def is_stale(compiled):
+    """Whether a header that a CUDA object was made from has changed. torch's ninja rules see to it only if torch itself
+    has CUDA; else cuda_compiler.py leaves the list."""
+    rule = Path(f"{compiled}.d")
+    if not rule.exists():
+        return torch.version.cuda is None
+    made = compiled.stat().st_mtime
+    files = [Path(name) for name in rule.read_text().replace("\\\n", " ").split(" : ", 1)[1].split()]
+    return not all(file.exists() and file.stat().st_mtime <= made for file in files)
+
+
 class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
     def finalize_options(self):
         super().finalize_options()
@@ -167,11 +183,11 @@ class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
     def add_cuda(self, extension, toolkit):
         """Needs nothing of torch's CUDA build (the binding takes devices and streams from c10's generic interface), so
         that one binary serves CPU and CUDA builds of torch."""
-        if torch.version.cuda is None:  # then torch's ninja rules follow no headers of .cu files
-            newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.*h"))
-            for compiled in Path(self.build_temp, "csrc/cuda").rglob("*.o"):
-                if compiled.stat().st_mtime < newest:
-                    compiled.unlink()
+        for compiled in Path(self.build_temp, "csrc/cuda").rglob("*.o"):
+            if is_stale(compiled):
+                compiled.unlink()
+        nvcc = shlex.split(os.environ.get("PYTORCH_NVCC", str(toolkit / "bin/nvcc")))
+        os.environ["PYTORCH_NVCC"] = shlex.join([sys.executable, str(ROOT / "cuda_compiler.py"), *nvcc])
         cpp_extension.CUDA_HOME = str(toolkit)
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
         extension.sources += sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")

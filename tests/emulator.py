@@ -44,13 +44,18 @@ def compiler():
 
 
 @functools.cache
-def headers_hash():
-    digest = hashlib.sha256(run(compiler()[0], "--version", timeout=60).stdout.encode())
-    for folder in (SOURCES, ROOT / "csrc" / "core", ROOT / "csrc" / "cuda"):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
+def compiler_version():
+    return run(compiler()[0], "--version", timeout=60).stdout
+
+
+@functools.cache
+def content_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_dependencies(path):
+    """The files that a compiler's rule for make names."""
+    return path.read_text().replace("\\\n", " ").split(":", 1)[1].split()
 
 
 def make(target, *command):
@@ -65,21 +70,39 @@ def make(target, *command):
     return target
 
 
-def compile_source(source, defines=()):
-    command = (*compiler(), *INCLUDES, *(f"-D{define}" for define in defines))
-    key = hashlib.sha256("\0".join((*command, headers_hash(), str(source))).encode() + source.read_bytes()).hexdigest()
-    target = BUILD / f"{source.stem}-{key[:16]}.o"
+def compile_source(source, flags=()):
+    """The object of a source; what it includes is known from the last time it was compiled."""
     # The names of files in messages are those in the tree.
-    return make(target, *command, "-c", "-x", "c++", source)
+    command = (*compiler(), *INCLUDES, *flags, "-c", "-x", "c++", str(source))
+    words = "\0".join((compiler_version(), *command))
+    stem = f"{source.stem}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    rule = BUILD / f"{stem}.d"
+
+    def target():
+        files = read_dependencies(rule)
+        if not all(os.path.exists(name) for name in files):
+            return None
+        key = hashlib.sha256("\0".join([words, *map(content_hash, files)]).encode()).hexdigest()
+        return BUILD / f"{stem}-{key[:16]}.o"
+
+    if rule.exists() and (known := target()) and known.exists():
+        return known
+    fresh = BUILD / f"{stem}.{os.getpid()}.o"
+    make(fresh, *command, "-MMD", "-MF", rule.with_suffix(f".{os.getpid()}.d"))
+    rule.with_suffix(f".{os.getpid()}.d").replace(rule)
+    return fresh.replace(target())
 
 
-def build_library(name, sources, defines=(), jobs=None):
-    """The library of these sources and the emulation. Raises Unavailable, or RuntimeError with the compiler's words."""
+def build_library(name, sources, flags=None, libraries=(), jobs=None):
+    """The library of these sources and the emulation; `flags`: of some of the sources. Raises Unavailable, or
+    RuntimeError with the compiler's words."""
+    flags = flags or {}
     compiler()
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        objects = list(pool.map(lambda s: compile_source(Path(s), defines), [*EMULATOR, *sources]))
-    key = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()
-    return make(BUILD / f"lib{name}-{key[:16]}.so", *compiler(), "-shared", *objects, "-ldl", "-lpthread")
+        objects = list(pool.map(lambda s: compile_source(Path(s), flags.get(s, ())), [*EMULATOR, *sources]))
+    key = hashlib.sha256("".join([*(o.name for o in objects), *libraries]).encode()).hexdigest()
+    target = BUILD / f"lib{name}-{key[:16]}.so"
+    return make(target, *compiler(), "-shared", *objects, *libraries, "-ldl", "-lpthread")
 
 
 class Emulator:

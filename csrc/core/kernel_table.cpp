@@ -37,21 +37,6 @@ Isa check_isa(const std::string& name, const std::string& source) {
 
 }  // namespace
 
-const char* to_string(Operation operation) {
-  static const char* const names[] = {"attention_forward", "attention_backward"};
-  return names[static_cast<int>(operation)];
-}
-
-const char* to_string(DType dtype) {
-  static const char* const names[] = {"f32", "f64", "bf16", "f16"};
-  return names[static_cast<int>(dtype)];
-}
-
-const char* to_string(Isa isa) {
-  static const char* const names[] = {"scalar", "avx2", "avx512", "neon"};
-  return names[static_cast<int>(isa)];
-}
-
 const std::vector<Kernel>& kernel_table() {
 #define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                           \
   {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \

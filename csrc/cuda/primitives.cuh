@@ -64,6 +64,18 @@ PRIM void atomic_add_pair(float* p, float x, float y) {
 #endif
 }
 
+// p[0..3] += x; p 16-byte aligned. Four additions that may be seen apart.
+PRIM void atomic_add_quad(float* p, float4 x) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(p), x);
+#else
+  atomicAdd(p, x.x);
+  atomicAdd(p + 1, x.y);
+  atomicAdd(p + 2, x.z);
+  atomicAdd(p + 3, x.w);
+#endif
+}
+
 // Copies Bytes (4, 8 or 16; both ends aligned to that) without waiting; writes zeros where not valid (then `src` is not
 // read). The copy is there after cp_async_wait by this thread, for others after a barrier more.
 template <int Bytes>
@@ -165,9 +177,8 @@ PRIM void syncthreads() { __syncthreads(); }
 PRIM bool syncthreads_or(bool condition) { return __syncthreads_or(condition); }
 PRIM void syncwarp() { __syncwarp(); }
 
-// x, of which the compiler knows nothing more: what is computed from it in a loop stays there instead of filling
-// registers around the loop.
-PRIM std::int32_t opaque(std::int32_t x) {
+// x, of which the compiler knows nothing: what is computed from it in a loop is not kept in registers across the loop.
+PRIM std::uint32_t opaque(std::uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }

@@ -21,8 +21,7 @@ template <class T>
 class PairScores {
  public:
   PRIM PairScores(const Problem& problem, const Sequence& sequence, std::int64_t head)
-      : problem_(problem),
-        mask_(problem.attn_mask.data),
+      : mask_(problem.attn_mask.data),
         bias_(problem.bias.data),
         bias_dtype_(problem.bias_dtype),
         scale_(static_cast<T>(problem.scale)),
@@ -37,36 +36,53 @@ class PairScores {
     return !mask_ || ld_global(mask_ + row * mask_row_ + key * mask_key_);
   }
 
-  // The natural score of product t.
-  PRIM T score(T t, std::int64_t row, std::int64_t key) const {
-    if (!visible(row, key)) return -infinity<T>();
+  // The natural score of product t before bias and mask; `slope`: 1 - tanh^2, or 1 without a softcap.
+  PRIM T capped(T t, T& slope) const {
     T s = scale_ * t;
-    if (softcap_ > T(0)) s = softcap_ * tanh_of(s / softcap_);
-    return bias_ ? s + bias(row, key) : s;
+    slope = T(1);
+    if (softcap_ > T(0)) {
+      const T y = s / softcap_;
+      s = softcap_ * tanh_of(y), slope = slope_at(y);
+    }
+    return s;
   }
-  // Its slope, without the scale: 1 - tanh^2, or 1 without a softcap.
   PRIM static T slope(const Problem& problem, T t) {
-    if (!(problem.softcap > 0)) return T(1);
-    const T y = static_cast<T>(problem.scale) * t / static_cast<T>(problem.softcap);
-    const T e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
-    return T(4) * e / ((T(1) + e) * (T(1) + e));
+    return slope_at(static_cast<T>(problem.scale) * t / static_cast<T>(problem.softcap));
   }
   PRIM T score(T t, std::int64_t row, std::int64_t key, T& slope) const {
-    slope = PairScores::slope(problem_, t);
-    return score(t, row, key);
+    if (!visible(row, key)) return -infinity<T>();
+    const T s = capped(t, slope), b = bias_ ? bias(row, key) : T(0);
+    return b == -infinity<T>() ? b : s + b;  // hides even a NaN
+  }
+
+  // f(bias), where bias(row, key) reads one number, if there is a bias: the question of its dtype outside of f's loops.
+  template <class F>
+  PRIM void with_bias(F&& f) const {
+    if (!bias_) return;
+    switch (bias_dtype_) {
+      case DType::f32: return f([this](auto row, auto key) { return number_of<T, float>(bias_, bias_at(row, key)); });
+      case DType::f64: return f([this](auto row, auto key) { return number_of<T, double>(bias_, bias_at(row, key)); });
+      case DType::bf16:
+        return f([this](auto row, auto key) { return number_of<T, BFloat16>(bias_, bias_at(row, key)); });
+      case DType::f16: return f([this](auto row, auto key) { return number_of<T, Float16>(bias_, bias_at(row, key)); });
+    }
   }
 
  private:
   PRIM static float tanh_of(float x) { return tanhf(x); }
   PRIM static double tanh_of(double x) { return tanh(x); }
+  PRIM static T slope_at(T y) {
+    const T e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
+    return T(4) * e / ((T(1) + e) * (T(1) + e));
+  }
   PRIM static float exp_of(float x) { return expf(x); }
   PRIM static double exp_of(double x) { return exp(x); }
 
-  PRIM T bias(std::int64_t row, std::int64_t key) const {
-    return number_at<T>(bias_, bias_dtype_, bias_first_ + row * bias_row_ + key * bias_key_);
+  PRIM T bias(std::int64_t row, std::int64_t key) const { return number_at<T>(bias_, bias_dtype_, bias_at(row, key)); }
+  PRIM std::int64_t bias_at(std::int64_t row, std::int64_t key) const {
+    return bias_first_ + row * bias_row_ + key * bias_key_;
   }
 
-  const Problem& problem_;
   const std::uint8_t* mask_;
   const void* bias_;
   DType bias_dtype_;

@@ -382,7 +382,7 @@ std::size_t shared_memory_of_device() {
     case 86:
     case 89:
     case 120: return 99 * 1024;
-    default: return sm < 75 ? 48 * 1024 : sm < 80 ? 64 * 1024 : largest_shared_memory;
+    default: return largest_shared_memory;
   }
 }
 
@@ -405,6 +405,10 @@ std::string refusal(dim3 grid, dim3 threads_of, std::size_t shared_bytes) {
 
 int run_grid(dim3 grid, dim3 threads_of_block, std::size_t shared_bytes, void (*entry)(void*), void* kernel) {
   const std::lock_guard<std::mutex> guard(lock);
+  if (sm < 80) {
+    error = "no kernel image is available for the device";
+    return missing_kernel;
+  }
   error = refusal(grid, threads_of_block, shared_bytes);
   if (!error.empty()) return 1;
   make_stacks();

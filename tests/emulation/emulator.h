@@ -110,6 +110,7 @@ void mma_m16n8k16(Half type, float (&d)[4], const std::uint32_t (&a)[4], std::ui
 
 // ---- host ------------------------------------------------------------------------------------------------------
 
+inline constexpr int missing_kernel = 2;  // run_grid's error on a device older than sm_80: no code is built for it
 int run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, void (*entry)(void*), void* kernel);
 int fill_zero(void* p, std::size_t bytes);
 const std::string& last_error();  // of this OS thread

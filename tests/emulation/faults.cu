@@ -9,7 +9,7 @@ namespace {
 
 using namespace prim;
 
-constexpr int blocks = 3, threads = 128, shared_bytes = threads * 16;
+constexpr int blocks = 3, threads = 128, shared_size = threads * 16;
 
 // `in` can only be read; `out`, one number a thread, and `scratch`, four a thread, begin without contents; `total` is
 // 0.
@@ -443,7 +443,7 @@ __global__ void shift_too_wide(Buffers b) {
   finish(b, static_cast<float>(1u << by));  // BREAKS shift_too_wide
 }
 
-int deeper(volatile const char* above, int depth) {                 // BREAKS stack_overflow
+__device__ int deeper(volatile const char* above, int depth) {      // BREAKS stack_overflow
   volatile char here[4096];                                         // BREAKS stack_overflow
   here[0] = above[0];                                               // BREAKS stack_overflow
   return depth == 0 ? here[0] : deeper(here, depth - 1) + here[0];  // BREAKS stack_overflow
@@ -530,6 +530,6 @@ extern "C" const char* fault_name(int i) {
   return i < static_cast<int>(sizeof table / sizeof *table) ? table[i].name : nullptr;
 }
 extern "C" int run_fault(int i, bool broken, const float* in, float* out, float* scratch, float* total) {
-  return prim::launch(broken ? table[i].broken : table[i].clean, dim3(blocks), dim3(threads), shared_bytes, nullptr,
+  return prim::launch(broken ? table[i].broken : table[i].clean, dim3(blocks), dim3(threads), shared_size, nullptr,
                       Buffers{in, out, scratch, total});
 }

@@ -163,6 +163,7 @@ void probe_device(int* facts) {
   const prim::DeviceFacts device = prim::device_facts();
   facts[0] = device.sm, facts[1] = device.multiprocessors;
 }
+bool probe_is_missing_kernel(int error) { return prim::is_missing_kernel(error); }
 // The text that belongs to an error code, as kernels' host code sees it.
 const char* probe_error_text(int error) {
   static thread_local std::string text;

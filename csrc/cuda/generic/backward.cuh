@@ -423,7 +423,7 @@ class KeyGradient {
   PRIM Sequence sequence() const { return sequence_at(a_.problem, a_.plan, opaque(index_)); }
   PRIM std::int64_t tiles() const { return gridDim.x / (a_.problem.groups() * a_.problem.kv_heads); }
   PRIM std::int32_t kv_head() const {
-    return opaque(static_cast<std::int32_t>(blockIdx.x)) / a_.problem.groups() / static_cast<std::int32_t>(tiles());
+    return opaque(blockIdx.x) / static_cast<std::uint32_t>(a_.problem.groups()) / static_cast<std::uint32_t>(tiles());
   }
   PRIM std::int32_t key_at(int r) const { return r < count_ ? position_at(positions_, first_ + r) : std::int32_t{-1}; }
 

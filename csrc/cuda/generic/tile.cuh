@@ -47,7 +47,7 @@ struct Place {
   int thread, warp, y, x;
 
   PRIM Place() {
-    thread = opaque(static_cast<std::int32_t>(threadIdx.x));  // a second one shares no registers with the first
+    thread = static_cast<int>(opaque(threadIdx.x));  // a second one shares no registers with the first
     warp = thread / (lanes_x * lanes_y), y = thread / lanes_x % lanes_y, x = thread % lanes_x;
   }
   template <class S>
@@ -321,7 +321,7 @@ struct RowBlock {
   }
   PRIM Sequence sequence() const { return sequence_at(problem, plan, opaque(index)); }
   PRIM std::int32_t query_head() const { return opaque(head); }
-  PRIM std::int32_t kv_head() const { return opaque(head) / static_cast<std::int32_t>(problem.heads_per_kv()); }
+  PRIM std::int32_t kv_head() const { return opaque(head) / static_cast<std::uint32_t>(problem.heads_per_kv()); }
   PRIM std::int32_t row_at(int r) const { return r < count ? row_of(plan, sequence(), first + r) : std::int32_t{-1}; }
   PRIM RowView view_of_row(int group, int r) const {
     return view_of(problem, plan, sequence(), group, first, count, r);
@@ -344,10 +344,10 @@ PRIM void shape_pairs(smem_t weights, const Problem& problem, const Sequence& se
     const int own = place.own_row<S>(u / S::passing_steps), passing = place.passing_row(u % S::passing_steps);
     const smem_t at = weights + own * S::weight_pitch + passing * sizeof(T);
     const std::int32_t row = row_at(own, passing), key = key_at(own, passing);
-    T s = -infinity<T>();
+    T s = -infinity<T>(), slope;
     if (row >= 0 && key >= 0) {
       const T product = ld_shared<T>(at);
-      if (problem.shapes_scores()) s = pairs.score(product, row, key);
+      if (problem.shapes_scores()) s = pairs.score(product, row, key, slope);
       else if (pairs.visible(row, key)) s = product * factor;
     }
     st_shared(at, s);

@@ -64,6 +64,12 @@ PRIM void atomic_add_pair(float* p, float x, float y, MMCA_HERE) {
   atomic_add_to(p, 8, x, at);
   atomic_add_to(p + 1, 4, y, at);
 }
+PRIM void atomic_add_quad(float* p, float4 x, MMCA_HERE) {
+  atomic_add_to(p, 16, x.x, at);
+  atomic_add_to(p + 1, 4, x.y, at);
+  atomic_add_to(p + 2, 4, x.z, at);
+  atomic_add_to(p + 3, 4, x.w, at);
+}
 
 template <int Bytes>
 void cp_async(smem_t dst, const void* src, bool valid, MMCA_HERE) {
@@ -151,7 +157,7 @@ PRIM void syncwarp(MMCA_HERE) {
   emulation::warp_collective(nothing, at, [](int**) { emulation::begin_warp_interval(); });
 }
 
-PRIM std::int32_t opaque(std::int32_t x) { return x; }
+PRIM std::uint32_t opaque(std::uint32_t x) { return x; }
 
 PRIM float exp2_approx(float x) {
   const float y = std::exp2(x);
@@ -169,7 +175,7 @@ struct DeviceFacts {
 inline DeviceFacts device_facts() { return {emulation::device_sm(), emulation::device_multiprocessors()}; }
 
 inline std::string error_text(int error) { return error ? emulation::last_error() : std::string(); }
-inline bool is_missing_kernel(int) { return false; }
+inline bool is_missing_kernel(int error) { return error == emulation::missing_kernel; }
 
 inline int fill_zero(void* p, std::size_t bytes, stream_t) { return emulation::fill_zero(p, bytes); }
 
