@@ -41,15 +41,18 @@ class PairScores {
     T s = scale_ * t;
     slope = T(1);
     if (softcap_ > T(0)) {
-      const T y = s / softcap_, e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
-      s = softcap_ * tanh_of(y), slope = T(4) * e / ((T(1) + e) * (T(1) + e));
+      const T y = s / softcap_;
+      s = softcap_ * tanh_of(y), slope = slope_at(y);
     }
     return s;
   }
+  PRIM static T slope(const Problem& problem, T t) {
+    return slope_at(static_cast<T>(problem.scale) * t / static_cast<T>(problem.softcap));
+  }
   PRIM T score(T t, std::int64_t row, std::int64_t key, T& slope) const {
-    T s = capped(t, slope);
-    if (bias_) s += bias(row, key);
-    return visible(row, key) ? s : -infinity<T>();
+    if (!visible(row, key)) return -infinity<T>();
+    const T s = capped(t, slope), b = bias_ ? bias(row, key) : T(0);
+    return b == -infinity<T>() ? b : s + b;  // hides even a NaN
   }
 
   // f(bias), where bias(row, key) reads one number, if there is a bias: the question of its dtype outside of f's loops.
@@ -68,6 +71,10 @@ class PairScores {
  private:
   PRIM static float tanh_of(float x) { return tanhf(x); }
   PRIM static double tanh_of(double x) { return tanh(x); }
+  PRIM static T slope_at(T y) {
+    const T e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
+    return T(4) * e / ((T(1) + e) * (T(1) + e));
+  }
   PRIM static float exp_of(float x) { return expf(x); }
   PRIM static double exp_of(double x) { return exp(x); }
 

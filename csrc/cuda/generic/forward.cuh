@@ -15,19 +15,19 @@
 
 namespace mmca::cuda::generic {
 
-// As large as 99 KiB of shared memory allow, the most that some GPUs have.
+// As large as most_shared_bytes allow.
 template <class T, int width>
 struct ForwardShape;
 template <>
-struct ForwardShape<float, 64> : Shape<float, 64, 4, 8, 3, 2> {};
+struct ForwardShape<float, 64> : Shape<float, 64, 4, 8, 3> {};
 template <>
-struct ForwardShape<float, 128> : Shape<float, 128, 4, 4, 2, 2> {};
+struct ForwardShape<float, 128> : Shape<float, 128, 4, 4, 2> {};
 template <>
-struct ForwardShape<float, 256> : Shape<float, 256, 2, 2, 2, 2> {};
+struct ForwardShape<float, 256> : Shape<float, 256, 2, 2, 3> {};
 template <>
 struct ForwardShape<double, 64> : Shape<double, 64, 4, 4, 2> {};
 template <>
-struct ForwardShape<double, 128> : Shape<double, 128, 2, 2, 2> {};
+struct ForwardShape<double, 128> : Shape<double, 128, 2, 2, 3> {};
 template <>
 struct ForwardShape<double, 256> : Shape<double, 256, 1, 1, 2> {};
 
@@ -39,26 +39,19 @@ class Forward {
 
   static constexpr smem_t queries = 0, keys = queries + S::own_bytes, values = keys + S::passing_bytes,
                           weights = values + S::passing_bytes, bits = weights + S::weight_bytes,
-                          lses = bits + Bits::bytes,  // [group][own row], double
+                          views = bits + Bits::bytes,
+                          lses = views + S::own * sizeof(RowView),  // [group][own row], double
       shared_bytes = lses + 2 * S::own * 8;
 
-  // Blocks, slowest first: KV head; tile of rows, the last one first, which under a causal mask takes longest; head.
   PRIM Forward(const Problem& problem, const DevicePlan& plan, const ExponentScale<T>& scale)
-      : problem_(problem), plan_(plan), scale_(scale) {
-    const std::int64_t share = problem.heads_per_kv(), tiles = gridDim.x / problem.q_heads;
-    const std::int64_t block = blockIdx.x, rest = block / share;
-    kv_head_ = rest / tiles, head_ = kv_head_ * share + block % share;
-    tile_ = tile_of(problem, plan, tiles - 1 - rest % tiles, S::own, false);
-  }
+      : problem_(problem), plan_(plan), scale_(scale), block_(problem, plan) {}
 
   PRIM void run() {
-    if (tile_.count <= 0) return;
-#pragma unroll
-    for (int i = 0; i < S::own_steps; ++i)
-      row_[i] = place_.own_row<S>(i) < tile_.count ? row_of(plan_, tile_.sequence, entry(i)) : -1;
+    if (block_.count <= 0) return;
+    const Sequence sequence = block_.sequence();
     load_tile<S, S::own>(
-        place_, queries, RowSource<T>(problem_.query, tile_.sequence, tile_.sequence.q_begin, head_, problem_.head_dim),
-        [&](int r) { return r < tile_.count ? row_of(plan_, tile_.sequence, tile_.first + r) : std::int32_t{-1}; });
+        queries, RowSource<T>(problem_.query, sequence, sequence.q_begin, block_.query_head(), problem_.head_dim),
+        [&](int r) { return block_.row_at(r); });
     for (int group = 0; group < problem_.groups(); ++group) {
       attend(group);
       finish(group);
@@ -67,98 +60,93 @@ class Forward {
   }
 
  private:
-  PRIM std::int32_t entry(int i) const { return tile_.first + place_.own_row<S>(i); }
+  PRIM RowView view(int r) const { return ld_shared<RowView>(views + r * sizeof(RowView)); }
+
+  template <class KeyAt>
+  PRIM void load(smem_t tile, const Input& x, std::int64_t dim, KeyAt key_at) const {
+    const Sequence sequence = block_.sequence();
+    load_tile<S, S::passing>(tile, RowSource<T>(x, sequence, sequence.k_begin, block_.kv_head(), dim), key_at);
+  }
 
   PRIM void attend(int group) {
 #pragma unroll
     for (int i = 0; i < S::own_steps; ++i) {
-      range_[i] = row_[i] < 0 ? Interval{0, 0} : entry_range(problem_, plan_, tile_.sequence, entry(i), group);
       maximum_[i] = -infinity<T>(), sum_[i] = T(0);
 #pragma unroll
       for (int d = 0; d < S::columns; ++d) out_[i][d] = T(0);
     }
-    const Interval seen = entries_hull(problem_, plan_, tile_.sequence, tile_.first, tile_.count, group);
+    const Interval seen = entries_hull(problem_, plan_, block_.sequence(), block_.first, block_.count, group);
     if (seen.begin >= seen.end) return;
-    const std::int32_t* positions = list_positions(plan_, tile_.sequence, group);
-    const Sequence& sequence = tile_.sequence;
-    const RowSource<T> key(problem_.key, sequence, sequence.k_begin, kv_head_, problem_.head_dim);
-    const RowSource<T> value(problem_.value, sequence, sequence.k_begin, kv_head_, problem_.value_dim);
+    const Place place;
+    if (place.thread < S::own)
+      st_shared(views + place.thread * sizeof(RowView), block_.view_of_row(group, place.thread));
+    const std::int32_t* positions = list_positions(plan_, block_.sequence(), group);
     // Tiles start at multiples of their size: no bit of a row depends on its neighbours.
     std::int32_t first = seen.begin / S::passing * S::passing;
     const auto key_at = [&](int r) {
       const std::int32_t c = first + r;
-      return c >= seen.begin && c < seen.end ? position_at(positions, c) : -1;
+      return c < seen.end ? position_at(positions, c) : -1;
     };
-    load_tile<S, S::passing>(place_, keys, key, key_at);
-    for (; first < seen.end;) {
+    load(keys, problem_.key, problem_.head_dim, key_at);
+    while (first < seen.end) {
       wait_for_copies();
-      if (problem_.dropout.threshold) draw_dropout(group, key_at);
+      if (problem_.dropout.threshold)
+        Bits::draw(
+            bits, PairDropout(problem_, block_.sequence(), block_.query_head()),
+            [&](int r) { return block_.row_at(r); }, key_at);
       syncthreads();
-      load_tile<S, S::passing>(place_, values, value, key_at);
+      load(values, problem_.value, problem_.value_dim, key_at);
       const bool looks = any_lane(meets(first));
-      if (looks) score(group, first, seen.end, positions);
+      if (looks) score(first, key_at);
       wait_for_copies();
-      const bool finite = !syncthreads_or(loaded_non_finite<S, S::passing, T>(place_, values));
+      const bool finite = !syncthreads_or(loaded_non_finite<S, S::passing, T>(values));
       first += S::passing;
-      if (first < seen.end) load_tile<S, S::passing>(place_, keys, key, key_at);
-      if (looks) weigh<S>(place_, weights, values, finite, out_);
+      if (first < seen.end) load(keys, problem_.key, problem_.head_dim, key_at);
+      if (looks) weigh<S>(weights, values, finite, out_);
     }
     syncthreads();  // before other keys and values come
   }
 
   PRIM bool meets(std::int32_t first) const {
+    const Place place;
     bool any = false;
 #pragma unroll
-    for (int i = 0; i < S::own_steps; ++i)
-      any |= range_[i].begin < range_[i].end && range_[i].begin < first + S::passing && range_[i].end > first;
+    for (int i = 0; i < S::own_steps; ++i) any |= view(place.own_row<S>(i)).meets(first, first + S::passing);
     return any;
-  }
-  PRIM bool whole(std::int32_t first) const {  // every row sees every key of the tile, but for attn_mask and bias
-    bool all = true;
-#pragma unroll
-    for (int i = 0; i < S::own_steps; ++i) all &= range_[i].begin <= first && range_[i].end >= first + S::passing;
-    return all;
-  }
-
-  template <class KeyAt>
-  PRIM void draw_dropout(int group, KeyAt key_at) const {
-    Bits::draw(
-        place_, bits, PairDropout(problem_, tile_.sequence, head_),
-        [&](int r) { return r < tile_.count ? row_of(plan_, tile_.sequence, tile_.first + r) : std::int32_t{-1}; },
-        key_at);
   }
 
   // S, P and the running maximum, sum and rescaling of the warp's rows.
-  PRIM void score(int group, std::int32_t first, std::int32_t end, const std::int32_t* positions) {
+  template <class KeyAt>
+  PRIM void score(std::int32_t first, KeyAt key_at) {
+    const Place place;
     T s[S::own_steps][S::passing_steps];
-    products<S>(place_, queries, keys, static_cast<int>(problem_.head_dim), s);
-    if (problem_.shapes_scores() || problem_.attn_mask.data || !whole(first)) {
-      const PairScores<T> pairs(problem_, tile_.sequence, head_);
-#pragma unroll
-      for (int j = 0; j < S::passing_steps; ++j) {
-        const std::int32_t c = first + place_.passing_row(j), key = c < end ? position_at(positions, c) : 0;
-#pragma unroll
-        for (int i = 0; i < S::own_steps; ++i) {
-          const bool sees = c >= range_[i].begin && c < range_[i].end;
-          T slope;
-          s[i][j] = sees ? pair_score(problem_, pairs, scale_, s[i][j], row_[i], key, slope) : -infinity<T>();
-        }
-      }
-    } else if (scale_.factor != T(1)) {
-#pragma unroll
-      for (int i = 0; i < S::own_steps; ++i)
-#pragma unroll
-        for (int j = 0; j < S::passing_steps; ++j) s[i][j] *= scale_.factor;
+    products<S>(queries, keys, static_cast<int>(problem_.head_dim), s);
+    const bool shaped = shapes_pairs(problem_);
+    if (shaped) {
+      store_weights<S>(weights, s);
+      shape_pairs<S>(
+          weights, problem_, block_.sequence(), block_.query_head(), scale_.factor,
+          [&](int own, int passing) {
+            const RowView v = view(own);
+            return v.sees(first + passing) ? v.row : -1;
+          },
+          [&](int, int passing) { return key_at(passing); });
+      load_weights<S>(weights, s);
     }
+    const T factor = kept_factor<T>(problem_);
 #pragma unroll
     for (int i = 0; i < S::own_steps; ++i) {
-      T best = s[i][0];
+      const RowView v = view(place.own_row<S>(i));
+      T best = -infinity<T>();
 #pragma unroll
-      for (int j = 1; j < S::passing_steps; ++j) best = maximum(best, s[i][j]);
+      for (int j = 0; j < S::passing_steps; ++j) {
+        if (!shaped) s[i][j] = v.sees(first + place.passing_row(j)) ? s[i][j] * scale_.factor : -infinity<T>();
+        best = maximum(best, s[i][j]);
+      }
       const T before = maximum_[i];
       maximum_[i] = maximum(before, maximum_of_row(best));
       const T base = maximum_[i] == -infinity<T>() ? T(0) : maximum_[i];
-      const T factor = exp2_exact(scale_.below(before - base));
+      const T rescale = exp2_exact(scale_.below(before - base));
       T sum = T(0);
 #pragma unroll
       for (int j = 0; j < S::passing_steps; ++j) {
@@ -166,23 +154,15 @@ class Forward {
         sum += p;
         s[i][j] = s[i][j] == -infinity<T>() ? hidden<T>() : p;
       }
-      sum_[i] = multiply_add(sum_[i], factor, sum);
+      sum_[i] = multiply_add(sum_[i], rescale, sum);
 #pragma unroll
-      for (int d = 0; d < S::columns; ++d) out_[i][d] *= factor;
-    }
-    if (problem_.dropout.threshold) drop(group, s);
-    store_weights<S>(place_, weights, s);
-  }
-
-  PRIM void drop(int group, T (&p)[S::own_steps][S::passing_steps]) const {
-    const T factor = kept_factor<T>(problem_);
-#pragma unroll
-    for (int i = 0; i < S::own_steps; ++i) {
-      if (group == 1 && row_[i] >= 0 && is_self_entry(plan_, tile_.sequence, entry(i))) continue;
+      for (int d = 0; d < S::columns; ++d) out_[i][d] *= rescale;
+      if (!problem_.dropout.threshold || v.self_group) continue;
 #pragma unroll
       for (int j = 0; j < S::passing_steps; ++j)
-        p[i][j] *= Bits::kept(bits, place_.own_row<S>(i), place_.passing_row(j)) ? factor : T(0);
+        s[i][j] *= Bits::kept(bits, place.own_row<S>(i), place.passing_row(j)) ? factor : T(0);
     }
+    store_weights<S>(weights, s);
   }
 
   // O_r = O / l, lse_r, and at the last group out = merge(O_r, lse_r).
@@ -195,63 +175,70 @@ class Forward {
 #pragma unroll
       for (int d = 0; d < S::columns; ++d) out_[i][d] /= divisor;
     }
+    const Place place;
     store_lses(group, sum);
-    const bool waits = problem_.groups() == 2 && problem_.merge != Merge::none && group == 0;
-    const bool merges = problem_.groups() == 2 && problem_.merge != Merge::none && group == 1;
-    const int dim = static_cast<int>(problem_.value_dim);
 #pragma unroll
     for (int i = 0; i < S::own_steps; ++i) {
-      if (row_[i] < 0) continue;
-      const Sequence& sequence = tile_.sequence;
-      if (problem_.group_out.data)
-        store_row<S>(place_, statistic<T>(problem_.group_out, sequence, group, head_, row_[i]), 1, dim, out_[i]);
-      T* out =
-          static_cast<T*>(problem_.out.data) + row_offset(problem_.out, sequence, sequence.q_begin, head_, row_[i]);
-      if (merges) merge(i, out);
-      store_row<S>(place_, waits || merges ? out : out + group * problem_.out.group, problem_.out.feature, dim,
-                   out_[i]);
+      const std::int32_t row = block_.row_at(place.own_row<S>(i));
+      if (row >= 0) write_row(group, row, lses + place.own_row<S>(i) * 8, out_[i]);
     }
   }
 
-  // Lane x of a row's lanes takes row x of them.
+  PRIM void write_row(int group, std::int32_t row, smem_t row_lses, T (&x)[S::columns]) const {
+    const Sequence sequence = block_.sequence();
+    const std::int32_t head = block_.query_head();
+    const int dim = static_cast<int>(problem_.value_dim);
+    if (problem_.group_out.data) store_row<S>(statistic<T>(problem_.group_out, sequence, group, head, row), 1, dim, x);
+    T* out = static_cast<T*>(problem_.out.data) + row_offset(problem_.out, sequence, sequence.q_begin, head, row);
+    if (problem_.merge == Merge::none) out += group * problem_.out.group;
+    else if (group == 1) merge(row, row_lses, out, x);
+    store_row<S>(out, problem_.out.feature, dim, x);
+  }
+
+  // The logarithms of a warp's rows, a lane each; what they need goes through the rows' weights, which are done with.
   PRIM void store_lses(int group, const T (&sum)[S::own_steps]) const {
-    T m = maximum_[0], l = sum[0];
-    std::int32_t row = row_[0];
+    const Place place;
+    syncwarp();
 #pragma unroll
-    for (int i = 1; i < S::own_steps; ++i)
-      if (place_.x == i) m = maximum_[i], l = sum[i], row = row_[i];
-    if (place_.x < S::own_steps && row >= 0) {
+    for (int i = 0; i < S::own_steps; ++i) {
+      const smem_t at = weights + place.own_row<S>(i) * S::weight_pitch;
+      if (place.x == 0) st_shared(at, maximum_[i]), st_shared(at + sizeof(T), sum[i]);
+    }
+    syncwarp();
+    const int own = place.own_row<S>(place.x);
+    const std::int32_t row = place.x < S::own_steps ? block_.row_at(own) : -1;
+    if (row >= 0) {
+      const smem_t at = weights + own * S::weight_pitch;
+      const T m = ld_shared<T>(at);
       const double maximum = problem_.shapes_scores() ? static_cast<double>(m) : scale_.exact(m);
-      const double lse = store_lse(problem_, tile_.sequence, group, head_, row, maximum, l);
-      st_shared(lses + (group * S::own + place_.own_row<S>(place_.x)) * 8, lse);
+      const double lse = store_lse(problem_, block_.sequence(), group, block_.query_head(), row, maximum,
+                                   ld_shared<T>(at + sizeof(T)));
+      st_shared(lses + (group * S::own + own) * 8, lse);
     }
     syncwarp();
   }
 
-  PRIM void merge(int i, const T* first_group) {
+  // The output of group 0 waits where the merged one goes.
+  PRIM void merge(std::int32_t row, smem_t row_lses, const T* out, T (&x)[S::columns]) const {
+    const Place place;
     T weight[2];
-    const smem_t at = lses + place_.own_row<S>(i) * 8;
-    const double lse[2] = {ld_shared<double>(at), ld_shared<double>(at + S::own * 8)};
-    merge_weights(problem_, tile_.sequence, head_, row_[i], lse, weight);
+    const double lse[2] = {ld_shared<double>(row_lses), ld_shared<double>(row_lses + S::own * 8)};
+    merge_weights(problem_, block_.sequence(), block_.query_head(), row, lse, weight);
 #pragma unroll
     for (int c = 0; c < S::chunk_steps; ++c)
 #pragma unroll
       for (int e = 0; e < S::chunk; ++e) {
-        const int d = place_.feature_chunk(c) * S::chunk + e;
-        if (d >= problem_.value_dim) continue;
-        T& x = out_[i][c * S::chunk + e];
-        x = weighted(weight[0], ld_global(first_group + d * problem_.out.feature)) + weighted(weight[1], x);
+        const int d = place.feature_chunk(c) * S::chunk + e;
+        T& y = x[c * S::chunk + e];
+        if (d < problem_.value_dim)
+          y = weighted(weight[0], ld_global(out + d * problem_.out.feature)) + weighted(weight[1], y);
       }
   }
 
   const Problem& problem_;
   const DevicePlan& plan_;
   const ExponentScale<T>& scale_;
-  const Place place_;
-  std::int64_t kv_head_, head_;
-  Tile tile_;
-  std::int32_t row_[S::own_steps];                                               // of the sequence; -1: none
-  Interval range_[S::own_steps];                                                 // what they see of the group at hand
+  const RowBlock<S::own> block_;
   T maximum_[S::own_steps], sum_[S::own_steps], out_[S::own_steps][S::columns];  // the sum: this thread's part
 };
 
@@ -267,6 +254,7 @@ void attention_forward(const Launch& launch) {
   const Problem& problem = launch.problem;
   with_width(problem, [&](auto width) {
     using Kernel = Forward<T, width.value>;
+    static_assert(Kernel::shared_bytes <= most_shared_bytes);
     launch(&forward_kernel<T, width.value>, tile_count(problem, launch.plan, Kernel::S::own, false) * problem.q_heads,
            threads, Kernel::shared_bytes, problem, launch.plan,
            ExponentScale<T>(problem.shapes_scores() ? 1.0 : problem.scale));

@@ -8,7 +8,7 @@
 //
 // so that a warp reads 4 + 8 rows of features for 32 products, without bank conflicts: a tile's rows are an odd number
 // of chunks apart. What a warp computes for its own rows it alone needs again (as weights, [own row][passing row], rows
-// passing + 8 numbers apart), so a syncwarp is all that stands between products and weighted sums.
+// passing + 8 numbers apart where there is room), so a syncwarp is all that stands between products and weighted sums.
 #pragma once
 
 #include "cuda/exp2.cuh"
@@ -27,16 +27,16 @@ struct alignas(16) Chunk {
   T x[size];
 };
 
-// width: the features of a row in shared memory; head_dim and value_dim are no more, the rest is zero. blocks: of so many
-// the registers fit a multiprocessor; unroll: steps of products() that registers are left for.
-template <class T, int width_, int own_steps_, int passing_steps_, int blocks_, int unroll_ = 1>
+// width: the features of a row in shared memory; head_dim and value_dim are no more, the rest is zero. blocks: of so
+// many the registers fit a multiprocessor.
+template <class T, int width_, int own_steps_, int passing_steps_, int blocks_>
 struct Shape {
-  static constexpr int width = width_, own_steps = own_steps_, passing_steps = passing_steps_;
-  static constexpr int blocks = blocks_, unroll = unroll_;
+  static constexpr int width = width_, own_steps = own_steps_, passing_steps = passing_steps_, blocks = blocks_;
   static constexpr int own = warps * lanes_y * own_steps, passing = lanes_x * passing_steps;
   static constexpr int chunk = Chunk<T>::size, row_chunks = width / chunk, chunk_steps = row_chunks / lanes_x;
   static constexpr int columns = width / lanes_x;  // of a row's features, a thread's share
-  static constexpr smem_t pitch = (row_chunks | 1) * 16, weight_pitch = (passing + lanes_x) * sizeof(T);
+  static constexpr smem_t pitch = (row_chunks | 1) * 16;
+  static constexpr smem_t weight_pitch = (passing + (passing > lanes_x ? lanes_x : 0)) * sizeof(T);
   static constexpr smem_t own_bytes = own * pitch, passing_bytes = passing * pitch, weight_bytes = own * weight_pitch;
   static_assert(row_chunks % lanes_x == 0 && passing % chunk == 0 && own_steps <= lanes_x);
   // own tiles start at multiples of themselves, and no hull must be cut (entries_hull)
@@ -47,7 +47,7 @@ struct Place {
   int thread, warp, y, x;
 
   PRIM Place() {
-    thread = static_cast<int>(threadIdx.x);
+    thread = static_cast<int>(opaque(threadIdx.x));  // a second one shares no registers with the first
     warp = thread / (lanes_x * lanes_y), y = thread / lanes_x % lanes_y, x = thread % lanes_x;
   }
   template <class S>
@@ -98,7 +98,8 @@ struct RowSource {
 
 // Calls body(r, c) for this thread's chunks of a tile of `rows` rows: those it loads.
 template <class S, int rows, class Body>
-PRIM void each_loaded_row(const Place& place, Body body) {
+PRIM void each_loaded_row(Body body) {
+  const Place place;
   constexpr int at_once = threads / lanes_x;
 #pragma unroll
   for (int r0 = 0; r0 < rows; r0 += at_once) {
@@ -110,8 +111,9 @@ PRIM void each_loaded_row(const Place& place, Body body) {
 // Begins to copy a tile: row r is row_at(r) of the source, or zero where that is negative. Features past the source's
 // are zero.
 template <class S, int rows, class T, class RowAt>
-PRIM void load_tile(const Place& place, smem_t tile, const RowSource<T>& source, RowAt row_at) {
-  each_loaded_row<S, rows>(place, [&](int r) {
+PRIM void load_tile(smem_t tile, const RowSource<T>& source, RowAt row_at) {
+  const Place place;
+  each_loaded_row<S, rows>([&](int r) {
     const std::int64_t row = row_at(r);
     const T* from = source.data + (row < 0 ? 0 : row * source.row);
 #pragma unroll 1
@@ -140,9 +142,10 @@ PRIM void wait_for_copies() {
 
 // Whether this thread's part of a tile holds a NaN or an infinity; after its copy has landed.
 template <class S, int rows, class T>
-PRIM bool loaded_non_finite(const Place& place, smem_t tile) {
+PRIM bool loaded_non_finite(smem_t tile) {
+  const Place place;
   T zero = T(0);
-  each_loaded_row<S, rows>(place, [&](int r) {
+  each_loaded_row<S, rows>([&](int r) {
 #pragma unroll
     for (int c = 0; c < S::chunk_steps; ++c) {
       const auto chunk = ld_shared<Chunk<T>>(tile + r * S::pitch + place.feature_chunk(c) * 16);
@@ -157,13 +160,14 @@ PRIM bool loaded_non_finite(const Place& place, smem_t tile) {
 
 // s[i][j] = <own row i, passing row j> over `dim` features, in their order: every kernel finds the same bits.
 template <class S, class T>
-PRIM void products(const Place& place, smem_t own, smem_t passing, int dim, T (&s)[S::own_steps][S::passing_steps]) {
+PRIM void products(smem_t own, smem_t passing, int dim, T (&s)[S::own_steps][S::passing_steps]) {
+  const Place place;
   own += place.own_row<S>(0) * S::pitch, passing += place.passing_row(0) * S::pitch;
 #pragma unroll
   for (int i = 0; i < S::own_steps; ++i)
 #pragma unroll
     for (int j = 0; j < S::passing_steps; ++j) s[i][j] = T(0);
-#pragma unroll S::unroll
+#pragma unroll 2
   for (int d = 0; d < dim; d += S::chunk, own += 16, passing += 16) {
     Chunk<T> a[S::own_steps];
 #pragma unroll
@@ -196,8 +200,10 @@ PRIM bool is_hidden(double weight) {
   return bits == std::uint64_t{1} << 63;
 }
 
+// To and from shared memory: this thread's own pairs.
 template <class S, class T>
-PRIM void store_weights(const Place& place, smem_t weights, const T (&w)[S::own_steps][S::passing_steps]) {
+PRIM void store_weights(smem_t weights, const T (&w)[S::own_steps][S::passing_steps]) {
+  const Place place;
   const smem_t at = weights + place.own_row<S>(0) * S::weight_pitch + place.passing_row(0) * sizeof(T);
 #pragma unroll
   for (int i = 0; i < S::own_steps; ++i)
@@ -206,9 +212,21 @@ PRIM void store_weights(const Place& place, smem_t weights, const T (&w)[S::own_
       st_shared(at + i * lanes_y * S::weight_pitch + j * lanes_x * sizeof(T), w[i][j]);
 }
 
+template <class S, class T>
+PRIM void load_weights(smem_t weights, T (&w)[S::own_steps][S::passing_steps]) {
+  const Place place;
+  const smem_t at = weights + place.own_row<S>(0) * S::weight_pitch + place.passing_row(0) * sizeof(T);
+#pragma unroll
+  for (int i = 0; i < S::own_steps; ++i)
+#pragma unroll
+    for (int j = 0; j < S::passing_steps; ++j)
+      w[i][j] = ld_shared<T>(at + i * lanes_y * S::weight_pitch + j * lanes_x * sizeof(T));
+}
+
 // sum[i] += weights of own row i times the passing rows, this thread's columns of it: chunk c is feature_chunk(c).
 template <class S, bool all_finite, class T>
-PRIM void weigh_rows(const Place& place, smem_t weights, smem_t passing, T (&sum)[S::own_steps][S::columns]) {
+PRIM void weigh_rows(smem_t weights, smem_t passing, T (&sum)[S::own_steps][S::columns]) {
+  const Place place;
   weights += place.own_row<S>(0) * S::weight_pitch, passing += place.feature_chunk(0) * 16;
 #pragma unroll 1
   for (int first = 0; first < S::passing; first += S::chunk, weights += 16) {
@@ -234,17 +252,17 @@ PRIM void weigh_rows(const Place& place, smem_t weights, smem_t passing, T (&sum
   }
 }
 template <class S, class T>
-PRIM void weigh(const Place& place, smem_t weights, smem_t passing, bool all_finite,
-                T (&sum)[S::own_steps][S::columns]) {
-  if (all_finite) weigh_rows<S, true>(place, weights, passing, sum);
-  else weigh_rows<S, false>(place, weights, passing, sum);
+PRIM void weigh(smem_t weights, smem_t passing, bool all_finite, T (&sum)[S::own_steps][S::columns]) {
+  if (all_finite) weigh_rows<S, true>(weights, passing, sum);
+  else weigh_rows<S, false>(weights, passing, sum);
 }
 
 // ---- results -----------------------------------------------------------------------------------------------------
 
 // This thread's columns of a row: features first .. first + chunk - 1 of chunk c.
 template <class S, class T>
-PRIM void store_row(const Place& place, T* row, std::int64_t feature, int dim, const T (&x)[S::columns]) {
+PRIM void store_row(T* row, std::int64_t feature, int dim, const T (&x)[S::columns]) {
+  const Place place;
   const bool aligned = feature == 1 && reinterpret_cast<std::uintptr_t>(row) % 16 == 0;
 #pragma unroll
   for (int c = 0; c < S::chunk_steps; ++c) {
@@ -262,16 +280,78 @@ PRIM void store_row(const Place& place, T* row, std::int64_t feature, int dim, c
   }
 }
 
-// ---- scores of pairs -----------------------------------------------------------------------------------------------
+// ---- pairs ---------------------------------------------------------------------------------------------------------
 
-// From a product to what exponents are taken of: its score, or, where scores are but scaled products, the product with
-// the sign of the scale; -inf where the mask hides.
-template <class T>
-PRIM T pair_score(const Problem& problem, const PairScores<T>& pairs, const ExponentScale<T>& scale, T product,
-                  std::int32_t row, std::int32_t key, T& slope) {
-  if (problem.shapes_scores()) return pairs.score(product, row, key, slope);
-  slope = T(1);
-  return pairs.visible(row, key) ? product * scale.factor : -infinity<T>();
+// What a block knows of the rows of a tile, in shared memory.
+struct alignas(16) RowView {
+  Interval range;           // of the list of the group at hand
+  std::int32_t row;         // of the sequence; -1: none
+  std::int32_t self_group;  // 1: the row itself is its image group, whose weight is never dropped
+
+  PRIM bool sees(std::int32_t c) const { return c >= range.begin && c < range.end; }
+  PRIM bool meets(std::int32_t begin, std::int32_t end) const {
+    return range.begin < range.end && range.begin < end && range.end > begin;
+  }
+};
+
+// Row r of a tile of `count` rows that starts at entry `first` of a sequence.
+PRIM RowView view_of(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
+                     std::int32_t first, std::int32_t count, int r) {
+  if (r >= count) return {{0, 0}, -1, 0};
+  const std::int32_t entry = first + r;
+  return {entry_range(problem, plan, sequence, entry, group), row_of(plan, sequence, entry),
+          group == 1 && is_self_entry(plan, sequence, entry)};
+}
+
+// A block's tile of rows of one query head. Blocks, slowest first: KV head; tile of rows, the last one first, which
+// under a causal mask takes longest; head. What can be made anew is: it would fill the registers of loops that do
+// without.
+template <int rows>
+struct RowBlock {
+  const Problem& problem;
+  const DevicePlan& plan;
+  std::int32_t head, index, first, count;  // index: of the sequence
+
+  PRIM RowBlock(const Problem& problem_, const DevicePlan& plan_) : problem(problem_), plan(plan_) {
+    const auto share = static_cast<std::int32_t>(problem.heads_per_kv());
+    const std::int64_t tiles = gridDim.x / problem.q_heads, rest = blockIdx.x / share;
+    const Tile tile = tile_of(problem, plan, tiles - 1 - rest % tiles, rows, false);
+    head = static_cast<std::int32_t>(rest / tiles * share + blockIdx.x % share);
+    index = tile.sequence.index, first = tile.first, count = tile.count;
+  }
+  PRIM Sequence sequence() const { return sequence_at(problem, plan, opaque(index)); }
+  PRIM std::int32_t query_head() const { return opaque(head); }
+  PRIM std::int32_t kv_head() const { return opaque(head) / static_cast<std::uint32_t>(problem.heads_per_kv()); }
+  PRIM std::int32_t row_at(int r) const { return r < count ? row_of(plan, sequence(), first + r) : std::int32_t{-1}; }
+  PRIM RowView view_of_row(int group, int r) const {
+    return view_of(problem, plan, sequence(), group, first, count, r);
+  }
+};
+
+// Are scores more than products with a sign and an interval?
+PRIM bool shapes_pairs(const Problem& problem) { return problem.shapes_scores() || problem.attn_mask.data; }
+
+// From products to what exponents are taken of, by a loop over the pairs in shared memory, where it takes few
+// registers: scores; or, where scores are but scaled products, the product with the sign of the scale. -inf where the
+// mask hides, and where row_at(own, passing) or key_at(own, passing) is negative.
+template <class S, class T, class RowAt, class KeyAt>
+PRIM void shape_pairs(smem_t weights, const Problem& problem, const Sequence& sequence, std::int64_t head, T factor,
+                      RowAt row_at, KeyAt key_at) {
+  const Place place;
+  const PairScores<T> pairs(problem, sequence, head);
+#pragma unroll 1
+  for (int u = 0; u < S::own_steps * S::passing_steps; ++u) {
+    const int own = place.own_row<S>(u / S::passing_steps), passing = place.passing_row(u % S::passing_steps);
+    const smem_t at = weights + own * S::weight_pitch + passing * sizeof(T);
+    const std::int32_t row = row_at(own, passing), key = key_at(own, passing);
+    T s = -infinity<T>(), slope;
+    if (row >= 0 && key >= 0) {
+      const T product = ld_shared<T>(at);
+      if (problem.shapes_scores()) s = pairs.score(product, row, key, slope);
+      else if (pairs.visible(row, key)) s = product * factor;
+    }
+    st_shared(at, s);
+  }
 }
 
 // ---- dropout -------------------------------------------------------------------------------------------------------
@@ -286,7 +366,8 @@ struct KeptBits {
 
   // row_at(r), key_at(k): the sequence's row and key; negative: none. is_self(r): weights that are never dropped.
   template <class RowAt, class KeyAt>
-  PRIM static void draw(const Place& place, smem_t bits, const PairDropout& dropout, RowAt row_at, KeyAt key_at) {
+  PRIM static void draw(smem_t bits, const PairDropout& dropout, RowAt row_at, KeyAt key_at) {
+    const Place place;
     const int r = place.thread % rows, segment = place.thread / rows;
     const std::int32_t row = row_at(r);
     std::uint32_t kept = 0, word[4] = {};
@@ -314,6 +395,8 @@ PRIM T kept_factor(const Problem& problem) {
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
+
+inline constexpr smem_t most_shared_bytes = 99 * 1024;  // a block's, on the GPUs that have least
 
 // Calls body(constant) with the narrowest width that holds the heads.
 template <class Body>
