@@ -60,7 +60,7 @@ struct ForwardTile {
   static constexpr int warps = 4, threads = warps * warp_size;
   static constexpr int m_tiles = General || D == 256 ? 1 : 2;  // of a warp
   static constexpr int warp_rows = 16 * m_tiles, rows = warps * warp_rows;
-  static constexpr int keys = 64, buffers = D == 256 ? 2 : 3;
+  static constexpr int keys = General && D == 256 ? 32 : 64, buffers = D == 256 ? 2 : 3;
   static constexpr bool holds_queries = D == 64 && !General;  // in registers
   using Ring = KeyRing<D, keys, warps, buffers>;
 
