@@ -27,20 +27,47 @@
 
 namespace mmca::cuda::sm80 {
 
+// What the entries of a tile see of a group's list (entry_range), for a kernel that asks seldom: in shared memory.
+struct RangeNote {
+  static constexpr smem_t bytes = 32;
+
+  // An entry e sees [begin + e, end + e) as far as there are keys, or what `ranges` has at 2 e.
+  PRIM static void store(smem_t at, const Problem& problem, const DevicePlan& plan, const Sequence& sequence,
+                         int group) {
+    constexpr std::int64_t unbounded = std::int64_t{1} << 40;
+    const std::int64_t reach = std::int64_t{sequence.q_len} + sequence.k_len;
+    const std::int64_t left = problem.window_left, right = problem.causal ? 0 : problem.window_right;
+    const std::int64_t shift = sequence.k_len - sequence.q_len;
+    const auto* ranges = reinterpret_cast<const int2*>(plan.ranges ? plan.ranges + sequence.q_token : nullptr);
+    prim::st_shared(at, ranges ? ranges + group : nullptr);
+    prim::st_shared(at + 8, left < 0 || left > reach ? -unbounded : shift - left);
+    prim::st_shared(at + 16, right < 0 || right > reach ? unbounded : shift + right + 1);
+    prim::st_shared(at + 24, sequence.k_len);
+  }
+  PRIM static Interval load(smem_t at, std::int32_t entry) {
+    if (const auto* ranges = prim::ld_shared<const int2*>(at)) {
+      const int2 range = ld_global(ranges + 2 * std::int64_t{entry});
+      return {range.x, range.y};
+    }
+    const auto k_len = prim::ld_shared<std::int32_t>(at + 24);
+    return {clamp_position(prim::ld_shared<std::int64_t>(at + 8) + entry, k_len),
+            clamp_position(prim::ld_shared<std::int64_t>(at + 16) + entry, k_len)};
+  }
+};
+
 template <int D, bool General>
 struct ForwardTile {
   static constexpr int warps = 4, threads = warps * warp_size;
   static constexpr int m_tiles = General || D == 256 ? 1 : 2;  // of a warp
   static constexpr int warp_rows = 16 * m_tiles, rows = warps * warp_rows;
-  static constexpr int keys = 64, buffers = D == 256 ? 2 : 3;
+  static constexpr int keys = General && D == 256 ? 32 : 64, buffers = D == 256 ? 2 : 3;
   static constexpr bool holds_queries = D == 64 && !General;  // in registers
   using Ring = KeyRing<D, keys, warps, buffers>;
 
   // Shared memory.
   static constexpr smem_t queries = 0, ring = rows * row_bytes<D>(), views = ring + Ring::bytes;
-  static constexpr smem_t block = views + warps * sizeof(int4), group = block + sizeof(int4),
-                          unit = group + sizeof(int);
-  static constexpr smem_t bytes = unit + sizeof(float);
+  static constexpr smem_t block = views + warps * sizeof(int4), range = block + sizeof(int4);
+  static constexpr smem_t group = range + RangeNote::bytes, unit = group + sizeof(int), bytes = unit + sizeof(float);
 
   static_assert(warp_rows <= warp_size && rows % plan_tile == 0);
   static_assert(rows * row_bytes<D>() <= Ring::buffers_bytes, "the output fits into the ring");
@@ -123,15 +150,15 @@ PRIM WarpView view_of_warp(const Problem& problem, const DevicePlan& plan, const
 // Scores of columns that a row does not see become -inf. `row`: the warp's first; `first`: the list's entry of column
 // 0.
 template <int M, int N>
-PRIM void hide(Accumulator<M, N>& s, const Problem& problem, const DevicePlan& plan, const ForwardBlock& block,
-               int group, int row, std::int32_t first) {
+PRIM void hide(Accumulator<M, N>& s, smem_t range_note, smem_t block_note, int row, std::int32_t first) {
+  const int4 block = prim::ld_shared<int4>(block_note);  // see store_block
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const std::int32_t entry = block.entry(row + 16 * m + fragment_row(h));
-      if (entry < 0) continue;
-      const Interval range = entry_range(problem, plan, block.tile.sequence, entry, group);
+      const int r = row + 16 * m + fragment_row(h);
+      if (r >= block.z) continue;
+      const Interval range = RangeNote::load(range_note, block.y + r);
       const auto place = static_cast<std::uint32_t>(first + fragment_column() - range.begin);
       const auto size = static_cast<std::uint32_t>(range.end > range.begin ? range.end - range.begin : 0);
 #pragma unroll
@@ -226,7 +253,10 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, 2)
     const Sequence& sequence = here.tile.sequence;
     const Interval hull = entries_hull(problem, plan, sequence, here.tile.first, here.tile.count, group);
     const std::int64_t kv_head = here.head / problem.heads_per_kv();
-    if (threadIdx.x == 0) prim::st_shared(Shared::group, group);
+    if (threadIdx.x == 0) {
+      prim::st_shared(Shared::group, group);
+      RangeNote::store(Shared::range, problem, plan, sequence, group);
+    }
     typename Shared::Ring ring(Shared::ring);
     ring.start(row_source(problem.key, sequence, sequence.k_begin, kv_head, problem.head_dim),
                row_source(problem.value, sequence, sequence.k_begin, kv_head, problem.value_dim),
@@ -254,12 +284,16 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, 2)
       const std::int32_t first = ring.entry();
       const bool takes_part = load_view(view()).sees(first, keys), whole = load_view(view()).sees_whole(first, keys);
       Accumulator<M, keys / 8> s;
-      clear(s);
 
       const smem_t key_tile = ring.take();
       prim::syncthreads();
       ring.follow_keys();
-      if (takes_part) multiply_transposed<T>(s, rows_first<D>(queries()).fresh(), chunks_first<D>(key_tile).fresh());
+      if (takes_part) {
+        clear(s);
+        const LanePlace<D> keys_place = chunks_first<D>(key_tile).fresh();
+        if constexpr (Shared::holds_queries) held.template multiply<T>(s, keys_place);
+        else multiply_transposed<T>(s, rows_first<D>(queries()).fresh(), keys_place);
+      }
 
       const smem_t value_tile = ring.take();
       prim::syncthreads();
@@ -272,7 +306,7 @@ __global__ void __launch_bounds__(ForwardTile<D, General>::threads, 2)
         soften<false>(s, softmax, factor, facts.unit);
         terms.drop(s[0], first);
       } else {
-        if (!whole) hide(s, problem, plan, block(), prim::ld_shared<int>(Shared::group), row(), first);
+        if (!whole) hide(s, Shared::range, Shared::block, row(), first);
         soften<true>(s, softmax, factor, prim::ld_shared<float>(Shared::unit));
       }
       rescale(out, factor, softmax);
