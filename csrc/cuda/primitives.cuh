@@ -209,11 +209,11 @@ inline int reported(cudaError_t error) {
   return error;
 }
 
-// Makes a device the current one and says what it is; 0 or an error for error_text, like all that follows.
-inline int use_device(int device, DeviceFacts& facts) {
+// 0 or an error for error_text, like all that follows.
+inline int use_device(int device) { return reported(cudaSetDevice(device)); }
+inline int device_facts(int device, DeviceFacts& facts) {  // makes no context: a process that only asks can still fork
   int major = 0, minor = 0;
-  cudaError_t error = cudaSetDevice(device);
-  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (!error) error = cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   facts.sm = 10 * major + minor;
@@ -229,7 +229,7 @@ inline bool is_missing_kernel(int error) {
 }
 
 inline int fill_zero(void* p, std::size_t bytes, stream_t stream) {
-  return reported(cudaMemsetAsync(p, 0, bytes, stream));
+  return bytes ? reported(cudaMemsetAsync(p, 0, bytes, stream)) : 0;
 }
 
 // Starts `kernel`.

@@ -61,9 +61,9 @@ std::string refusal(const Kernel& kernel, const Device& device) {
          std::to_string(device.sm % 10);
 }
 
-Device use_device(int index) {
+Device device_at(int index) {
   prim::DeviceFacts facts;
-  Launch::check(prim::use_device(index, facts), {});
+  Launch::check(prim::device_facts(index, facts), {});
   return {facts.sm, facts.multiprocessors};
 }
 
@@ -71,7 +71,8 @@ bool needs_aligned_rows(DType dtype) { return dtype == DType::bf16 || dtype == D
 
 void run(Operation operation, const Problem& problem, Workspace& workspace, int device_index, void* stream_handle) {
   const auto stream = static_cast<prim::stream_t>(stream_handle);
-  const Device device = use_device(device_index);
+  const Device device = device_at(device_index);
+  Launch::check(prim::use_device(device_index), device);
   const Kernel& kernel = select_kernel(operation, problem.dtype, device);
   const DevicePlan plan = make_plan(problem, workspace, stream, device);
   const Launch launch{problem, plan, workspace, stream, device};

@@ -23,7 +23,7 @@ struct Device {
   int sm = 0;  // compute capability, 10 * major + minor
   int multiprocessors = 0;
 };
-Device use_device(int index);  // makes it the current one; throws std::runtime_error where CUDA does
+Device device_at(int index);  // throws std::runtime_error where CUDA does
 
 struct Launch;
 

@@ -380,8 +380,11 @@ std::vector<std::int64_t> Arguments::lse_shape() const {
 template <class Operand>
 Operand Arguments::strided(const at::Tensor& t, decltype(Operand::data) data) const {
   const std::int64_t dims = packed_ ? 3 : 4, group = t.dim() > dims ? t.stride(0) : 0;
-  if (packed_) return {data, 0, t.stride(-2), t.stride(-3), t.stride(-1), group};
-  return {data, t.stride(-4), t.stride(-3), t.stride(-2), t.stride(-1), group};
+  // The stride of a single row leads nowhere and may be odd; kernels that copy 16 bytes want even addresses, also of
+  // rows that they then do not read.
+  const std::int64_t rows = packed_ ? -3 : -2, row = t.size(rows) == 1 ? 0 : t.stride(rows);
+  if (packed_) return {data, 0, t.stride(-2), row, t.stride(-1), group};
+  return {data, t.stride(-4), t.stride(-3), row, t.stride(-1), group};
 }
 
 template <class Pointer>

@@ -44,7 +44,7 @@ void append_cuda_kernels(py::list& list) {
   const bool supported = c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA);
   const auto guards = [] { return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA); };
   const bool present = supported && guards().deviceCount() > 0;
-  const cuda::Device device = present ? cuda::use_device(guards().getDevice().index()) : cuda::Device{};
+  const cuda::Device device = present ? cuda::device_at(guards().getDevice().index()) : cuda::Device{};
   std::map<std::pair<Operation, DType>, const char*> serving;
   for (const cuda::Kernel& kernel : cuda::kernel_table()) {
     const std::string refused = !supported ? "this torch is built without CUDA"

@@ -161,7 +161,7 @@ int probe_shape(const unsigned* grid, const unsigned* block, std::size_t shared_
 }
 void probe_device(int* facts) {
   prim::DeviceFacts device;
-  prim::use_device(0, device);
+  prim::device_facts(0, device);
   facts[0] = device.sm, facts[1] = device.multiprocessors;
 }
 bool probe_is_missing_kernel(int error) { return prim::is_missing_kernel(error); }
