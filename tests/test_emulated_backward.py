@@ -1,5 +1,5 @@
-"""The backward of the 16-bit kernels in every shape it has: which one runs depends on head_dim, on what is asked for, on
-the GPU's shared memory, and on how many blocks fill it."""
+"""The backward of the 16-bit kernels in every shape it has: which one runs depends on head_dim, on the options, on the
+GPU's shared memory, and on how many blocks fill it."""
 
 import emulated_device
 import pytest
