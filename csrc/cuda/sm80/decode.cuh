@@ -281,11 +281,55 @@ __global__ void __launch_bounds__(SplitTile<D>::threads, 2)
   }
 }
 
-constexpr int merge_threads = 128;
+constexpr int merge_threads = 128, most_splits = 256;
+
+// Shared memory of merge_splits_kernel: the splits' weights [group][split], negative where a split saw nothing; a
+// number of each warp.
+constexpr smem_t split_weights = 0, warp_numbers = 2 * most_splits * sizeof(float),
+                 merge_bytes = warp_numbers + merge_threads / warp_size * sizeof(float);
+
+template <class Combine>
+PRIM float over_block(float x, Combine combine) {
+#pragma unroll
+  for (int step = 1; step < warp_size; step *= 2) x = combine(x, prim::shfl_xor(x, step));
+  if (lane_of_thread() == 0) prim::st_shared(warp_numbers + 4 * warp_of_thread(), x);
+  prim::syncthreads();
+  x = prim::ld_shared<float>(warp_numbers);
+#pragma unroll
+  for (int w = 1; w < merge_threads / warp_size; ++w) x = combine(x, prim::ld_shared<float>(warp_numbers + 4 * w));
+  prim::syncthreads();
+  return x;
+}
+
+// (m, l) of a row, and what each split's O counts in O / l: a thread looks at every merge_threads-th split.
+PRIM float2 merge_softmaxes(const Problem& problem, const SplitFacts& facts, int group, std::int64_t head,
+                            std::int64_t token, float factor) {
+  const auto part = [&](int s) { return ld_global(facts.softmax + split_row(problem, facts, group, s, head, token)); };
+  const auto weight_at = [&](int s) { return split_weights + static_cast<smem_t>(4 * (group * most_splits + s)); };
+  float top = -infinity<float>(), sum = 0.0f;
+  for (int s = static_cast<int>(threadIdx.x); s < facts.splits; s += merge_threads) {
+    const float2 p = part(s);
+    if (p.y != 0.0f) top = fmaxf(top, p.x);
+  }
+  top = over_block(top, [](float a, float b) { return fmaxf(a, b); });
+  if (top == -infinity<float>()) top = 0.0f;
+  const auto share = [&](float2 p) { return prim::exp2_approx((p.x - top) * facts.unit); };
+  for (int s = static_cast<int>(threadIdx.x); s < facts.splits; s += merge_threads) {
+    const float2 p = part(s);
+    if (p.y != 0.0f) sum += p.y * share(p);
+  }
+  sum = over_block(sum, [](float a, float b) { return a + b; });
+  for (int s = static_cast<int>(threadIdx.x); s < facts.splits; s += merge_threads) {
+    const float2 p = part(s);
+    prim::st_shared(weight_at(s), p.y != 0.0f ? share(p) * (factor / sum) : -1.0f);
+  }
+  prim::syncthreads();
+  return {top, sum};
+}
 
 // A block makes one row: of one entry and query head.
 template <class T>
-__global__ void __launch_bounds__(merge_threads)
+__global__ void __launch_bounds__(merge_threads, 4)
     merge_splits_kernel(const __grid_constant__ Problem problem, const __grid_constant__ DevicePlan plan,
                         const __grid_constant__ SplitFacts facts) {
   const auto tokens = static_cast<std::uint32_t>(facts.tokens);
@@ -298,34 +342,23 @@ __global__ void __launch_bounds__(merge_threads)
   const bool merges = problem.groups() == 2 && problem.merge != Merge::none;
 
   float2 all[2]{};
-  float factor[2]{};  // of O summed up: 1 / l and what dropout asks for
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
     if (group == problem.groups()) break;
-    const auto part = [&](int s) {
-      return ld_global(facts.softmax + split_row(problem, facts, group, s, head, token));
-    };
-    float2 x{-infinity<float>(), 0.0f};
-    for (int s = 0; s < facts.splits; ++s)
-      if (part(s).y != 0.0f) x.x = fmaxf(x.x, part(s).x);
-    x.x = x.x == -infinity<float>() ? 0.0f : x.x;
-    for (int s = 0; s < facts.splits; ++s)
-      if (part(s).y != 0.0f) x.y += part(s).y * prim::exp2_approx((part(s).x - x.x) * facts.unit);
-    if (threadIdx.x == 0) store_lse<float>(problem, sequence, group, head, row, x.x, x.y);
-    all[group] = x;
-    factor[group] = x.y == 0.0f ? 0.0f : dropout_factor(problem, plan, sequence, group, entry) / x.y;
+    const float factor = dropout_factor(problem, plan, sequence, group, entry);
+    all[group] = merge_softmaxes(problem, facts, group, head, token, factor);
+    if (threadIdx.x == 0) store_lse<float>(problem, sequence, group, head, row, all[group].x, all[group].y);
   }
   float weight[2]{1.0f, 1.0f};
   if (merges) merge_weights(problem, sequence, head, row, all[0], all[1], weight);
 
-  const auto column = [&](int group, float2 of_row, int c) {  // O_r before its factor
+  const auto column = [&](int group, int c) {  // of O_r
     float sum = 0.0f;
-#pragma unroll 4
-    for (int s = 0; s < facts.splits; ++s) {
-      const std::int64_t at = split_row(problem, facts, group, s, head, token);
-      const float2 part = ld_global(facts.softmax + at);
-      if (part.y != 0.0f)
-        sum += prim::exp2_approx((part.x - of_row.x) * facts.unit) * ld_global(facts.out + at * value_dim + c);
+#pragma unroll 8
+    for (int s = 0; s < facts.splits; ++s) {  // nothing here waits for what an earlier step loads
+      const float w = prim::ld_shared<float>(split_weights + 4 * (group * most_splits + s));
+      if (!(w < 0.0f))
+        sum += w * ld_global(facts.out + split_row(problem, facts, group, s, head, token) * value_dim + c);
     }
     return sum;
   };
@@ -334,7 +367,7 @@ __global__ void __launch_bounds__(merge_threads)
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
       if (group == problem.groups()) break;
-      const float x = weighted(factor[group], column(group, all[group], c));
+      const float x = column(group, c);
       if (merges && problem.group_out.data)
         prim::st_global(statistic<float>(problem.group_out, sequence, group, head, row) + c, x);
       merged = merges ? merged + weighted(weight[group], x) : x;
@@ -352,7 +385,7 @@ __global__ void __launch_bounds__(merge_threads)
 // The fewest parts of the keys whose blocks come within a tenth of the best use of whole waves; each part is worth
 // starting a block for.
 inline std::int32_t choose_splits(std::int64_t blocks, std::int64_t keys, int multiprocessors) {
-  constexpr std::int64_t least_keys = 256, most = 256;
+  constexpr std::int64_t least_keys = 128, most = most_splits;
   const std::int64_t slots = 2 * std::max(multiprocessors, 1),
                      limit = std::clamp(keys / least_keys, std::int64_t{1}, most);
   const auto use = [&](std::int64_t splits) {
@@ -393,7 +426,7 @@ void split_forward(const Launch& launch) {
   if (dim <= 64) start_split_forward<T, 64>(launch, facts);
   else if (dim <= 128) start_split_forward<T, 128>(launch, facts);
   else start_split_forward<T, 256>(launch, facts);
-  launch(&merge_splits_kernel<T>, facts.tokens * p.q_heads, merge_threads, 0, p, launch.plan, facts);
+  launch(&merge_splits_kernel<T>, facts.tokens * p.q_heads, merge_threads, merge_bytes, p, launch.plan, facts);
 }
 
 }  // namespace mmca::cuda::sm80
