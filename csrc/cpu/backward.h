@@ -522,7 +522,7 @@ class Backward {
     const ExponentScale<T> scale_;
     const KeyList& keys_;
     const Visibility visibility_;
-    ScoreShape<T, width> shape_;
+    ScoreShape<T, strip_rows, width> shape_;
     Visibility::Pairs<strip_rows, width> visible_;  // of the tile at hand
     const BackwardHead& head_;
     const BackwardItem& item_;

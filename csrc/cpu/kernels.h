@@ -9,6 +9,7 @@
 #include "cpu/scores.h"
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
+#include "cpu/products.h"
 #include "cpu/few_rows.h"
 #include "cpu/small.h"
 #include "cpu/forward.h"
@@ -16,7 +17,7 @@
 
 template <class T>
 void attention_forward(const Problem& problem, const Plan& plan, Executor& executor) {
-  using Kernel = Forward<T>;
+  using Kernel = Forward<T, PackedProducts>;
   const auto items = forward_items(problem, plan, executor.concurrency(), Kernel::row_block, Kernel::max_chunk);
   const Kernel kernel(problem, plan, items);
   for_each_item(executor, static_cast<std::int64_t>(items.size()), multiply_adds(problem, items, 1), kernel);

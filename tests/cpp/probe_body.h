@@ -9,6 +9,7 @@
 #include "cpu/scores.h"
 #include "cpu/softmax.h"
 #include "cpu/dropout.h"
+#include "cpu/products.h"
 #include "cpu/few_rows.h"
 #include "cpu/small.h"
 #include "cpu/forward.h"
