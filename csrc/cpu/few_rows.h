@@ -161,8 +161,8 @@ class DirectProducts {
     if (row_max) track_maxima<T>(rows, out, stride, row_max);
   }
 
-  MMCA_INLINE typename Simd<T>::Reg exponentiate(int row, int from, int count, const ExponentScale<T>& scale,
-                                                 T maximum) {
+  MMCA_INLINE typename Simd<T>::Reg exponentiate(int row, int from, int count, const ExponentScale<T>& scale, T maximum,
+                                                 bool) {
     return exp2_row<T>(scores(row) + from, count, scale, maximum);
   }
   void keep(int, int, int) {}

@@ -150,6 +150,7 @@ class Forward {
     // P = exp2(c (S - m')), and the running maximum, sum and rescaling factor of each row of a strip, which starts at
     // row `strip` of the block.
     void softmax(int group, int block, int strip, int rows, std::int32_t first, std::uint64_t live) {
+      const bool dropout = problem_.dropout.threshold != 0;
       T* factor = factor_ + strip;
       T maximum[strip_rows];
       for (int r = 0; r < rows; ++r) {
@@ -165,11 +166,10 @@ class Forward {
         typename S::Reg total = S::mul(S::broadcast(factor[r]), S::load(sum));
         for_each_run(live, [&](int first_panel, int end_panel) {
           const int from = first_panel * width, count = end_panel * width - from;
-          total = S::add(total, products_.exponentiate(strip + r, from, count, scale_, maximum[r]));
-          if (problem_.dropout.threshold) {
-            drop(group, block + strip + r, first + from, count, products_.scores(strip + r) + from);
-            products_.keep(strip + r, from, count);
-          }
+          total = S::add(total, products_.exponentiate(strip + r, from, count, scale_, maximum[r], !dropout));
+          if (!dropout) return;
+          drop(group, block + strip + r, first + from, count, products_.scores(strip + r) + from);
+          products_.keep(strip + r, from, count);
         });
         S::store(sum, total);
       }

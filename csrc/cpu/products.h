@@ -34,6 +34,19 @@ struct Operands {
   RowReader<T> value() const {
     return {rows.problem.value, rows.problem.dtype, rows.kv_head, value_dim, padded_value_dim};
   }
+  // dO, and O as the forward stored it: of one group where the groups' outputs stay apart.
+  RowReader<T> grad(Row row, int group) const { return result(rows.problem.grad_out, row, group); }
+  RowReader<T> out(Row row, int group) const {
+    const Output& out = rows.problem.out;
+    return result({out.data, out.batch, out.head, out.row, out.feature, out.group}, row, group);
+  }
+
+ private:
+  RowReader<T> result(const Input& input, Row row, int group) const {
+    RowReader<T> reader(input, rows.problem.dtype, row.head, value_dim, padded_value_dim);
+    if (input.group) reader.data += group * input.group * element_size(rows.problem.dtype);
+    return reader;
+  }
 };
 
 // row_max = the lane-wise maximum of it and a tile of scores.
@@ -111,8 +124,8 @@ class PackedProducts {
     });
   }
 
-  MMCA_INLINE typename Simd<T>::Reg exponentiate(int row, int from, int count, const ExponentScale<T>& scale,
-                                                 T maximum) {
+  MMCA_INLINE typename Simd<T>::Reg exponentiate(int row, int from, int count, const ExponentScale<T>& scale, T maximum,
+                                                 bool) {
     return exp2_row<T>(scores(row) + from, count, scale, maximum);
   }
   void keep(int, int, int) {}
