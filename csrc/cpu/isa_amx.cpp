@@ -13,13 +13,15 @@ namespace mmca::cpu::amx {
 #include "cpu/simd_avx512.h"
 #include "cpu/simd_amx.h"
 #include "cpu/bodies.h"
-#include "cpu/amx.h"
+#include "cpu/amx_tiles.h"
+#include "cpu/amx_products.h"
+#include "cpu/amx_gradients.h"
 
 struct Matrices {
   template <class T>
   using Forward = MatrixProducts<T>;
   template <class T>
-  using Backward = PackedGradients<T>;
+  using Backward = MatrixGradients<T>;
 };
 
 void attention_forward_bf16(const Problem& problem, const Plan& plan, Executor& executor) {

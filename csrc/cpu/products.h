@@ -2,7 +2,7 @@
 //
 // A forward (cpu/forward.h) walks its rows and keys the same way whatever multiplies them. PackedProducts, here, packs
 // both operands for the register tiles of cpu/tiles.h; DirectProducts (cpu/few_rows.h) reads keys and values where they
-// lie; MatrixProducts (cpu/amx.h) is for processors that multiply whole matrices. Each of them has
+// lie; MatrixProducts (cpu/amx_products.h) is for processors that multiply whole matrices. Each of them has
 //
 //     row_block, key_block     rows and keys that meet at a time; strip_rows: rows of a strip, a unit of both
 //     pack_queries()           of the item, once
