@@ -9,7 +9,7 @@
 namespace mmca {
 namespace {
 
-constexpr Isa isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon};
+constexpr Isa isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon};
 
 std::atomic<std::uint64_t>* launch_counts() {
   static const auto counts = std::make_unique<std::atomic<std::uint64_t>[]>(kernel_table().size());
@@ -20,6 +20,13 @@ std::string join(const std::vector<const char*>& names) {
   std::string text;
   for (const char* name : names) text += (text.empty() ? "" : ", ") + std::string(name);
   return text;
+}
+
+// The instruction set that serves where `isa` is forced: itself or, where it has no kernel, the one it extends.
+Isa serving(Isa isa, Operation operation, DType dtype) {
+  for (const Kernel& kernel : kernel_table())
+    if (kernel.isa == isa && kernel.operation == operation && kernel.dtype == dtype) return isa;
+  return isa == Isa::amx ? Isa::avx512 : isa;
 }
 
 // -1: any; otherwise the forced instruction set. -2: the environment has not been read yet.
@@ -46,10 +53,11 @@ const std::vector<Kernel>& kernel_table() {
 // One AVX2 register of keys would leave most of a tile of AVX-512 empty. Measured: where small heads (cpu/small.h) gain
 // a tenth or more from the wider registers, tiles of few keys lose a twentieth.
 #define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 32 / sizeof(T) + 1)
+#define MMCA_AMX_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, amx, 32 / sizeof(T) + 1)
 #define MMCA_NEON_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, neon, 0)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
-      MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
+      MMCA_AMX_KERNELS(MMCA_AMX_ROW) MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
 #endif
 #if defined(__aarch64__)
           MMCA_CPU_KERNELS(MMCA_NEON_ROW)
@@ -78,7 +86,8 @@ std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& feature
                     std::int64_t k_len) {
   const auto missing = missing_features(kernel.isa, features);
   if (!missing.empty()) return "this processor lacks " + join(missing);
-  if (forced && *forced != kernel.isa) return std::string(to_string(*forced)) + " is forced";
+  if (forced && serving(*forced, kernel.operation, kernel.dtype) != kernel.isa)
+    return std::string(to_string(*forced)) + " is forced";
   if (!forced && k_len < kernel.fewest_keys) return "fewer than " + std::to_string(kernel.fewest_keys) + " keys";
   return "";
 }

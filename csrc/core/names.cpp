@@ -14,7 +14,7 @@ const char* to_string(DType dtype) {
 }
 
 const char* to_string(Isa isa) {
-  static const char* const names[] = {"scalar", "avx2", "avx512", "neon"};
+  static const char* const names[] = {"scalar", "avx2", "avx512", "amx", "neon"};
   return names[static_cast<int>(isa)];
 }
 

@@ -39,6 +39,11 @@
   X(attention_backward, bf16, float) \
   X(attention_backward, f16, float)
 
+// AMX multiplies matrices of bf16 alone; its other types are those of AVX-512, which every such processor has.
+#define MMCA_AMX_KERNELS(X)         \
+  X(attention_forward, bf16, float) \
+  X(attention_backward, bf16, float)
+
 #define MMCA_DECLARE_KERNEL(operation, dtype, T) \
   void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor);
 
@@ -52,6 +57,9 @@ MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
 }
 namespace avx512 {
 MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+}
+namespace amx {
+MMCA_AMX_KERNELS(MMCA_DECLARE_KERNEL)
 }
 #endif
 #if defined(__aarch64__)
