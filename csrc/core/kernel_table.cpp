@@ -38,7 +38,7 @@ Isa check_isa(const std::string& name, const std::string& source) {
 }  // namespace
 
 const char* to_string(Operation operation) {
-  static const char* const names[] = {"attention_forward", "attention_backward"};
+  static const char* const names[] = {"attention_forward", "attention_backward", "linear_forward", "linear_backward"};
   return names[static_cast<int>(operation)];
 }
 
@@ -56,20 +56,28 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                           \
   {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \
    &cpu::isa::operation##_##dtype},
+#define MMCA_LINEAR_ROW(operation, dtype, isa)                                                      \
+  {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, 0, nullptr, \
+   &cpu::isa::operation##_##dtype},
 #define MMCA_SCALAR_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, scalar, 0)
 #define MMCA_AVX2_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
 // One AVX2 register of keys would leave most of a tile of AVX-512 empty. Measured: where small heads (cpu/small.h) gain
 // a tenth or more from the wider registers, tiles of few keys lose a twentieth.
 #define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 32 / sizeof(T) + 1)
 #define MMCA_NEON_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, neon, 0)
+#define MMCA_LINEAR_SCALAR_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, scalar)
+#define MMCA_LINEAR_AVX2_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, avx2)
+#define MMCA_LINEAR_AVX512_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, avx512)
+#define MMCA_LINEAR_NEON_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, neon)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
-      MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
+      MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
+          MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX2_ROW)
 #endif
 #if defined(__aarch64__)
-          MMCA_CPU_KERNELS(MMCA_NEON_ROW)
+              MMCA_CPU_KERNELS(MMCA_NEON_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_NEON_ROW)
 #endif
-              MMCA_CPU_KERNELS(MMCA_SCALAR_ROW)};
+                  MMCA_CPU_KERNELS(MMCA_SCALAR_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_SCALAR_ROW)};
   return table;
 }
 
@@ -132,6 +140,12 @@ void run(Operation operation, const Problem& problem, Executor& executor) {
   const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa(), k_len);
   launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
   kernel.run(problem, make_plan(problem), executor);
+}
+
+void run(Operation operation, const LinearProblem& problem, Executor& executor) {
+  const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa());
+  launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
+  kernel.run_linear(problem, executor);
 }
 
 }  // namespace mmca
