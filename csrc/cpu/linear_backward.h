@@ -97,6 +97,10 @@ class LinearRowsBackwards : public LinearRows<T> {
  protected:
   Row writer_row(std::int64_t w) const { return this->row_of(problem_.q_len * this->heads_ - 1 - w); }
   std::int64_t reader_key(std::int64_t r) const { return problem_.k_len - 1 - r; }
+  // Nobody sees the key: its gradients are 0, whatever it is.
+  bool unseen(std::int64_t j) const {
+    return this->sequence_.hides_key(j) || (!problem_.q_len && !problem_.grad_final_state.sum);
+  }
   const T* facts(Row row) const {
     return static_cast<const T*>(problem_.row_facts.data) + problem_.row_facts.offset(0, row.head, row.row);
   }
@@ -131,12 +135,12 @@ class LinearValueGradient final : public LinearRowsBackwards<T> {
   }
   void reader(std::int64_t r, T* x) override {
     const std::int64_t j = this->reader_key(r);
-    if (sequence_.hides_key(j)) this->zeros(x, this->padded_head_dim_);
+    if (this->unseen(j)) this->zeros(x, this->padded_head_dim_);
     else this->phi_of_key_row(j, x);
   }
   void finish(std::int64_t r, const T*, T* y) override {
     const std::int64_t j = this->reader_key(r);
-    if (sequence_.hides_key(j)) this->zeros(y, this->padded_value_dim_);
+    if (this->unseen(j)) this->zeros(y, this->padded_value_dim_);
     this->store(y, this->value_dim_, problem_.grad_value, this->kv_head_, j);
   }
 
@@ -153,7 +157,7 @@ class LinearValueGradient final : public LinearRowsBackwards<T> {
   }
 
  private:
-  using LinearRows<T>::sequence_, LinearRows<T>::problem_;
+  using LinearRows<T>::problem_;
 };
 
 template <class T>
@@ -179,14 +183,14 @@ class LinearKeyGradient final : public LinearRowsBackwards<T> {
   void reader(std::int64_t r, T* x) override {
     const std::int64_t j = this->reader_key(r);
     const int padded = round_up(value_dim_ + 1, lanes<T>);
-    if (sequence_.hides_key(j)) return this->zeros(x, padded);
+    if (this->unseen(j)) return this->zeros(x, padded);
     this->copy(this->value_.row(j, x), value_dim_, x);
     x[value_dim_] = T(1);
     std::fill(x + value_dim_ + 1, x + padded, T(0));
   }
   void finish(std::int64_t r, const T*, T* y) override {
     const std::int64_t j = this->reader_key(r);
-    if (sequence_.hides_key(j)) {
+    if (this->unseen(j)) {
       this->zeros(y, this->padded_head_dim_);
     } else {
       const T* phi = this->phi_of_key_row(j, phi_);
@@ -209,7 +213,7 @@ class LinearKeyGradient final : public LinearRowsBackwards<T> {
 
  private:
   using S = Simd<T>;
-  using LinearRows<T>::sequence_, LinearRows<T>::problem_, LinearRows<T>::value_dim_;
+  using LinearRows<T>::problem_, LinearRows<T>::value_dim_;
 
   template <class Double>
   StateView<Double> view(const LinearStateOf<Double>& state) const {

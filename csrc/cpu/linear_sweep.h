@@ -16,13 +16,21 @@ inline constexpr int max_depth = 257;  // a head and one number more
 template <class T>
 inline constexpr int x_stride = round_up(max_depth, lanes<T>) + Simd<T>::width;  // of readers: off the powers of two
 
+// Sums over features are cut into runs of depth_run: rounding grows with the length of a run, all the more as phi is
+// never negative.
+
 // scores[row][lanes] = x[row] * panel, for `rows` rows
 template <class T, int rows, int stride>
 MMCA_NOINLINE void linear_score_tile(int depth, const T* x, const T* panel, T* scores) {
   Accumulators<T, rows> c;
   clear_tile<T, rows>(c);
-  multiply_add<T, rows>(depth, x, 1, x_stride<T>, panel, c);
+  multiply_add<T, rows>(std::min(depth, depth_run), x, 1, x_stride<T>, panel, c);
   store_tile<T, rows>(scores, stride, c);
+  for (int done = depth_run; done < depth; done += depth_run) {
+    clear_tile<T, rows>(c);
+    multiply_add<T, rows>(std::min(depth - done, depth_run), x + done, 1, x_stride<T>, panel + done * lanes<T>, c);
+    add_tile<T, rows>(scores, stride, c);
+  }
 }
 
 // y[row][lanes] = weights[row][0..count) * values + x[row] * state, for `rows` rows
@@ -32,8 +40,13 @@ MMCA_NOINLINE void read_tile(int count, const T* weights, const T* values, int d
   Accumulators<T, rows> c;
   clear_tile<T, rows>(c);
   multiply_add<T, rows>(count, weights, 1, stride, values, c);
-  multiply_add<T, rows>(depth, x, 1, x_stride<T>, state, c);
+  multiply_add<T, rows>(std::min(depth, depth_run), x, 1, x_stride<T>, state, c);
   store_tile<T, rows>(y, y_stride, c);
+  for (int done = depth_run; done < depth; done += depth_run) {
+    clear_tile<T, rows>(c);
+    multiply_add<T, rows>(std::min(depth - done, depth_run), x + done, 1, x_stride<T>, state + done * lanes<T>, c);
+    add_tile<T, rows>(y, y_stride, c);
+  }
 }
 
 // local[feature][lanes] += sum over `count` writers of f[writer][feature] * values[writer], for `rows` features; fresh:

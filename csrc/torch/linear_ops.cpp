@@ -66,7 +66,7 @@ class LinearArguments {
     shared_.allocate_gradients(query, key, value, /*attn_mask_gradient=*/false);
     p.grad_query = shared_.problem.grad_query, p.grad_key = shared_.problem.grad_key;
     p.grad_value = shared_.problem.grad_value;
-    const bool has_state = p.state.sum != nullptr;
+    const bool has_state = state_S_.defined();  // if only of no sequence
     std::tie(grad_state_S_, grad_state_z_) = empty_state(query, has_state);
     if (has_state) p.grad_state = {grad_state_S_.mutable_data_ptr<double>(), grad_state_z_.mutable_data_ptr<double>()};
     const std::int64_t batch = packed_ ? 1 : p.batch;

@@ -21,12 +21,12 @@ class LinearState(NamedTuple):
 
 
 def phi(x):
-    """elu(x) + 1 as exp(min(x, 0)) + max(x, 0): no cancellation for negative x."""
-    return x.clamp(max=0.0).exp() + x.clamp(min=0.0)
+    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), without cancellation for negative x; its derivative is min(phi(x), 1)."""
+    return torch.where(x > 0.0, x + 1.0, x.clamp(max=0.0).exp())
 
 
 def _log_phi(x):
-    return x.clamp(max=0.0) + x.clamp(min=0.0).log1p()
+    return torch.where(x > 0.0, x.clamp(min=0.0).log1p(), x)
 
 
 def linear_attention(
