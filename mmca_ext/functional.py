@@ -233,11 +233,11 @@ def linear_attention(
     state=None,
     return_state=False,
 ):
-    """Attention in time linear in the sequence length, with constant memory: no softmax, a state in place of a KV cache.
+    """Attention in time linear in the sequence length and constant memory: no softmax, a state in place of a KV cache.
 
-    out_i = phi(q_i) . S_i / (phi(q_i) . z_i), S_i = sum_j phi(k_j) v_j^T, z_i = sum_j phi(k_j), phi(x) = elu(x) + 1, over
-    the keys j that row i sees and those in `state`. There is no scale, no bias and no mask of pairs: only sums over keys
-    are linear.
+    out_i = phi(q_i) . S_i / (phi(q_i) . z_i), S_i = sum_j phi(k_j) v_j^T, z_i = sum_j phi(k_j), phi(x) = elu(x) + 1,
+    over the keys j that row i sees and those in `state`. There is no scale, no bias and no mask of pairs: only sums
+    over keys are linear.
 
     CAUSAL IS BOTTOM-RIGHT: row i sees j <= i + (Lk - Lq).
 

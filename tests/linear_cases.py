@@ -60,7 +60,11 @@ class LinearCase(Case):
 
     def _draw_rows(self):
         b, h, g = self.batch, self.heads, self.kv_heads
-        shapes = (b, h, self.q_len, self.head_dim), (b, g, self.k_len, self.head_dim), (b, g, self.k_len, self.value_dim)
+        shapes = (
+            (b, h, self.q_len, self.head_dim),
+            (b, g, self.k_len, self.head_dim),
+            (b, g, self.k_len, self.value_dim),
+        )
         shapes += ((b, h, self.q_len, self.value_dim),)
         hidden = ~self.kept_keys()[:, None, :].expand(b, g, self.k_len) if self.poison else None
         tensors = []
@@ -118,13 +122,13 @@ def bounds(case, exact):
 
         c = u (8 + sqrt(D) + sqrt(n))      times the same sum of absolute values
 
-    u the machine epsilon of the arithmetic, D the features of a product, n the rows or keys of the sum (errors of random
-    sign, as in bounds.py). phi errs by 2 u (a query's by 3), the state's parts and the division take what is left of 8.
-    A sum that is divided by phi(q) . z inherits that sum's error: a factor K = 1 + phi(q) . |z| / |phi(q) . z|, which is
-    2 where no state given by hand has negative numbers. In float64 the reference errs as much once more, and n itself
-    stands for sqrt(n). 16-bit results are rounded to e |x| and half of the smallest number; a product may vanish below
-    the smallest normal number of the arithmetic. What is 0 by rule must be exactly that; a row whose weights underflow
-    float32 is not bounded.
+    u the machine epsilon of the arithmetic, D the features of a product, n the rows or keys of the sum (errors of
+    random sign, as in bounds.py). phi errs by 2 u (a query's by 3), the state's parts and the division take the rest
+    of 8. A sum that is divided by phi(q) . z inherits that sum's error: a factor K = 1 + phi(q) . |z| / |phi(q) . z|,
+    which is 2 where no state given by hand has negative numbers. In float64 the reference errs as much once more, and n
+    itself stands for sqrt(n). 16-bit results are rounded to e |x| and half of the smallest number; a product may vanish
+    below the smallest normal number of the arithmetic. What is 0 by rule must be exactly that; a row whose weights
+    underflow float32 is not bounded.
     """
     tiny = torch.finfo(case.statistic_dtype).smallest_normal
     u = torch.finfo(case.statistic_dtype).eps
@@ -162,7 +166,9 @@ def _sizes(case, query, key, value, grad, kept, n, state_gradient):
     visible = visible_by_order(positions(query.shape[2], k_len, "cpu"), k_len, case.kwargs["is_causal"], (-1, -1))
     visible = (visible & kept[:, None, None, :]).double()
     has_state = hasattr(case, "S")
-    S0 = case.S[n].double().abs() if has_state else torch.zeros(batch, groups, *key.shape[-1:], value.shape[-1]).double()
+    S0 = (
+        case.S[n].double().abs() if has_state else torch.zeros(batch, groups, *key.shape[-1:], value.shape[-1]).double()
+    )
     signed_z0 = case.z[n].double() if has_state else torch.zeros(batch, groups, key.shape[-1]).double()
     z0 = signed_z0.abs()
     dS, dz = (state_gradient * t[n].abs() for t in (case.grad_S, case.grad_z))

@@ -21,7 +21,7 @@ class LinearState(NamedTuple):
 
 
 def phi(x):
-    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), without cancellation for negative x; its derivative is min(phi(x), 1)."""
+    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), without cancellation for negative x; derivative: min(phi(x), 1)."""
     return torch.where(x > 0.0, x + 1.0, x.clamp(max=0.0).exp())
 
 
