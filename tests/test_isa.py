@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = _C.kernels()
 ISAS = sorted({kernel["isa"] for kernel in KERNELS if kernel["available"]})
 MISSING = sorted({kernel["isa"] for kernel in KERNELS} - set(ISAS))
+OPERATIONS = ("attention_forward", "attention_backward", "linear_forward", "linear_backward")
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -33,12 +34,12 @@ def launches():
 def test_the_portable_kernels_are_always_there():
     assert "scalar" in ISAS
     assert {k["name"] for k in KERNELS} == {
-        f"cpu.{isa}.attention_{way}.{dtype}"
+        f"cpu.{isa}.{operation}.{dtype}"
         for isa in {k["isa"] for k in KERNELS}
-        for way in ("forward", "backward")
+        for operation in OPERATIONS
         for dtype in DTYPES
     }
-    for operation in ("attention_forward", "attention_backward"):
+    for operation in OPERATIONS:
         for dtype in DTYPES:
             chosen = [k for k in KERNELS if (k["op"], k["dtype"]) == (operation, dtype) and k["selected"]]
             assert len(chosen) == 1 and chosen[0]["available"] and chosen[0]["device"] == "cpu"
@@ -54,6 +55,7 @@ CALLS = {
     "mmca": lambda *t: functional.mmca_attention(*t, IDS),
     "gate": lambda *t: functional.mmca_attention(*t, IDS, image_rows="causal", merge="gate", gate=torch.ones(2)),
     "none": lambda *t: functional.mmca_attention(*t, IDS, image_rows="block", merge="none")[0],
+    "linear": lambda *t: functional.linear_attention(*t, True),
 }
 
 
@@ -69,7 +71,8 @@ def test_the_forced_kernel_and_no_other_runs(force, isa, dtype, call):
     middle = launches()
     out.sum().backward()
     after = launches()
-    forward, backward = (f"cpu.{isa}.attention_{way}.{dtype}" for way in ("forward", "backward"))
+    kind = "linear" if call == "linear" else "attention"
+    forward, backward = (f"cpu.{isa}.{kind}_{way}.{dtype}" for way in ("forward", "backward"))
     assert {name: middle[name] - before[name] for name in before} == {name: int(name == forward) for name in before}
     assert {name: after[name] - middle[name] for name in before} == {name: int(name == backward) for name in before}
 
@@ -89,7 +92,7 @@ def test_refusals_are_explained(force):
             assert "best" in kernel["reason"]
         else:
             assert re.fullmatch(
-                r"cpu\.\w+\.attention_\w+\.b?f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
+                r"cpu\.\w+\.(attention|linear)_\w+\.b?f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
             )
 
 
