@@ -75,7 +75,7 @@ def linear_attention(
     if cu_seqlens_q is None or cu_seqlens_k is None or len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together and must have the same length")
     if key_mask is not None:
-        check_key_mask(key_mask.unsqueeze(0) if key_mask.dim() == 1 else key_mask, 1, key.shape[0])
+        check_key_mask(key_mask[None], 1, key.shape[0])
     q_offsets = sequence_offsets(cu_seqlens_q, query.shape[0], None, "cu_seqlens_q")
     k_offsets = sequence_offsets(cu_seqlens_k, key.shape[0], None, "cu_seqlens_k")
     sequences = len(q_offsets) - 1
