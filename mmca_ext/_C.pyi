@@ -6,7 +6,7 @@ from torch import Tensor
 
 class Kernel(TypedDict):
     name: str
-    op: Literal["attention_forward", "attention_backward"]
+    op: Literal["attention_forward", "attention_backward", "linear_forward", "linear_backward"]
     dtype: str
     device: Literal["cpu", "cuda"]
     isa: str  # the instruction set, or of CUDA kernels the family
@@ -78,4 +78,30 @@ def attention_backward(
     max_seqlen_k: int | None = None,
     dropout_p: float = 0.0,
     deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def linear_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state_S: Tensor | None = None,
+    state_z: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_state: bool = False,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def linear_backward(
+    grad_out: Tensor,
+    grad_S: Tensor | None,
+    grad_z: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state_S: Tensor | None = None,
+    state_z: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...

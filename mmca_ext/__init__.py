@@ -9,6 +9,7 @@ from . import _load
 
 _load.load()  # registers torch.ops.mmca_ext.*, or says in one line what is missing
 
+from . import _linear_ops as _linear_ops  # noqa: E402
 from . import _ops as _ops  # noqa: E402
 from . import functional, nn, reference  # noqa: E402
 from .nn import (  # noqa: E402

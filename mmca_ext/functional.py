@@ -13,6 +13,7 @@ from torch.overrides import is_tensor_like
 
 from .reference import LinearState, attention_map, dropout_mask, merge_attention
 from .reference.inputs import parse_window
+from .reference.linear import check_state
 from .reference.mmca import IMAGE_ROWS, MERGES
 from .reference.philox import _draw_rng_state
 
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _attention = torch.ops.mmca_ext.attention.default
+_linear_attention = torch.ops.mmca_ext.linear_attention.default
 
 
 def _require_tensors(function, names, needed, *tensors):
@@ -236,26 +238,44 @@ def linear_attention(
     state=None,
     return_state=False,
 ):
-    """Attention in time linear in the sequence length. Not built yet; `mmca_ext.reference.linear_attention` has it.
+    """Attention in time linear in the sequence length and constant memory: no softmax, a state in place of a KV cache.
 
-    out_i = phi(q_i) . S_i / (phi(q_i) . z_i), S_i = sum_j phi(k_j) v_j^T, z_i = sum_j phi(k_j), phi(x) = elu(x) + 1:
-    Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 5 to 7. Causal is BOTTOM-RIGHT: j <= i + (Lk - Lq).
+    out_i = phi(q_i) . S_i / (phi(q_i) . z_i), S_i = sum_j phi(k_j) v_j^T, z_i = sum_j phi(k_j), phi(x) = elu(x) + 1,
+    over the keys j that row i sees and those in `state`. There is no scale, no bias and no mask of pairs: only sums
+    over keys are linear.
+
+    CAUSAL IS BOTTOM-RIGHT: row i sees j <= i + (Lk - Lq).
+
+    Source: Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 5 to 7 (feature map), 9 to 12 (causal), 16 to 20 (state).
 
     Args:
-        query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
+        query: (B, Hq, Lq, D), or packed (Tq, Hq, D); float32, float64, bfloat16 or float16. D, Dv: 1 to 256.
+        key: (B, Hkv, Lk, D) or (Tk, Hkv, D). Hq is a multiple of Hkv; query head h uses KV head h // (Hq / Hkv).
+        value: (B, Hkv, Lk, Dv) or (Tk, Hkv, Dv).
         is_causal: row i sees j <= i + (Lk - Lq).
-        key_mask: boolean (B, Lk), True = attend.
-        cu_seqlens_q, cu_seqlens_k: integer (N + 1,) offsets of packed sequences (T, H, D).
-        state: LinearState(S (B, Hkv, D, Dv), z (B, Hkv, D)) of earlier keys, in place of a KV cache.
-        return_state: also return the state after this call's keys.
+        key_mask: boolean (B, Lk) or (Tk,), True = attend: padding, or one group of keys.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (N + 1,), offsets of N packed sequences: from 0, not decreasing, at
+            most Tq, Tk. Rows past the last offset are 0.
+        state: LinearState(S (B, Hkv, D, Dv), z (B, Hkv, D)), float64 or float32, of earlier keys: every row sees them.
+            Packed: of each sequence, (N, ...). It may have gradients.
+        return_state: also return the state after this call's keys, differentiable. `linear_attention(*token, True,
+            state=state, return_state=True)` for one token after the other gives the rows of one call on all of them,
+            each in O(1).
 
     Returns:
-        out (B, Hq, Lq, Dv); with return_state (out, LinearState).
+        out (B, Hq, Lq, Dv) in query's dtype (autocast's, under autocast), laid out in memory as query is, or (Tq, Hq,
+        Dv). A row that sees neither key nor state is 0, and so are its gradients. With return_state (out,
+        LinearState), the state float64 whatever the tensors are: it is carried over any number of calls, and must not
+        lose what each adds. Within a call sums are float32 (float64 for float64) over a chunk and a segment of the
+        sequence, and float64 over segments: errors do not grow with the length.
 
     Raises:
-        NotImplementedError: always.
+        ValueError, TypeError: shapes, dtypes or values that do not fit.
     """
-    raise NotImplementedError(
-        "linear_attention is not built into the kernels yet; mmca_ext.reference.linear_attention has it (readable "
-        "PyTorch, slower)"
+    names = "query", "key", "value", "key_mask", "cu_seqlens_q", "cu_seqlens_k"
+    _require_tensors("linear_attention", names, 3, query, key, value, key_mask, cu_seqlens_q, cu_seqlens_k)
+    S, z = (None, None) if state is None else check_state(state)
+    out, S, z = _linear_attention(
+        query, key, value, S, z, key_mask, cu_seqlens_q, cu_seqlens_k, bool(return_state), bool(is_causal)
     )
+    return (out, LinearState(S, z)) if return_state else out

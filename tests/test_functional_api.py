@@ -264,16 +264,6 @@ def test_autocast_is_served(inputs, dtype):
     torch.testing.assert_close(*found)
 
 
-# ---------------------------------------------------------------- not built yet
-
-
-def test_not_built_yet_names_the_function_and_the_reference():
-    with pytest.raises(NotImplementedError, match="linear_attention") as caught:
-        functional.linear_attention(QUERY, KEY, VALUE, True)
-    assert "mmca_ext.reference" in str(caught.value)
-    reference.linear_attention(QUERY, KEY, VALUE, True)  # which has it
-
-
 # ---------------------------------------------------------------- options that do not exist
 
 

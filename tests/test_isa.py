@@ -22,6 +22,7 @@ def kernels():
 KERNELS = kernels()
 ISAS = sorted({kernel["isa"] for kernel in KERNELS if kernel["available"]})
 MISSING = sorted({kernel["isa"] for kernel in KERNELS} - set(ISAS))
+OPERATIONS = ("attention_forward", "attention_backward", "linear_forward", "linear_backward")
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 NAMES = {kernel["name"] for kernel in KERNELS}
 EXTENDS = {"amx": "avx512"}  # what serves the dtypes an instruction set has no kernels for
@@ -38,22 +39,22 @@ def launches():
     return {kernel["name"]: kernel["launches"] for kernel in kernels()}
 
 
-def serving(isa, way, dtype):
+def serving(isa, operation, dtype):
     """The name of the kernel that runs where `isa` is forced."""
-    name = f"cpu.{isa}.attention_{way}.{dtype}"
-    return name if name in NAMES else serving(EXTENDS[isa], way, dtype)
+    name = f"cpu.{isa}.{operation}.{dtype}"
+    return name if name in NAMES else serving(EXTENDS[isa], operation, dtype)
 
 
 def test_the_portable_kernels_are_always_there():
     assert "scalar" in ISAS
     assert NAMES == {
-        f"cpu.{isa}.attention_{way}.{dtype}"
+        f"cpu.{isa}.{operation}.{dtype}"
         for isa in {k["isa"] for k in KERNELS}
-        for way in ("forward", "backward")
+        for operation in OPERATIONS
         for dtype in DTYPES
-        if isa != "amx" or dtype == "bf16"
+        if isa != "amx" or (dtype == "bf16" and operation.startswith("attention"))
     }
-    for operation in ("attention_forward", "attention_backward"):
+    for operation in OPERATIONS:
         for dtype in DTYPES:
             chosen = [k for k in KERNELS if (k["op"], k["dtype"]) == (operation, dtype) and k["selected"]]
             assert len(chosen) == 1 and chosen[0]["available"] and chosen[0]["device"] == "cpu"
@@ -69,6 +70,7 @@ CALLS = {
     "mmca": lambda *t: functional.mmca_attention(*t, IDS),
     "gate": lambda *t: functional.mmca_attention(*t, IDS, image_rows="causal", merge="gate", gate=torch.ones(2)),
     "none": lambda *t: functional.mmca_attention(*t, IDS, image_rows="block", merge="none")[0],
+    "linear": lambda *t: functional.linear_attention(*t, True),
 }
 
 
@@ -84,7 +86,8 @@ def test_the_forced_kernel_and_no_other_runs(force, isa, dtype, call):
     middle = launches()
     out.sum().backward()
     after = launches()
-    forward, backward = (serving(isa, way, dtype) for way in ("forward", "backward"))
+    kind = "linear" if call == "linear" else "attention"
+    forward, backward = (serving(isa, f"{kind}_{way}", dtype) for way in ("forward", "backward"))
     assert {name: middle[name] - before[name] for name in before} == {name: int(name == forward) for name in before}
     assert {name: after[name] - middle[name] for name in before} == {name: int(name == backward) for name in before}
 
@@ -104,7 +107,7 @@ def test_refusals_are_explained(force):
             assert "best" in kernel["reason"]
         else:
             assert re.fullmatch(
-                r"cpu\.\w+\.attention_\w+\.b?f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
+                r"cpu\.\w+\.(attention|linear)_\w+\.b?f\d+ is preferred|serves fewer than \d+ keys", kernel["reason"]
             )
 
 
@@ -158,7 +161,7 @@ def test_environment(isa):
     forced, names = done.stdout.split(" ", 1)
     best = next(k["isa"] for k in KERNELS if k["op"] == "attention_forward" and k["dtype"] == "f32" and k["available"])
     assert forced == (isa or "None")
-    assert names.strip() == f"['{serving(isa or best, 'forward', 'f32')}']"
+    assert names.strip() == f"['{serving(isa or best, 'attention_forward', 'f32')}']"
 
 
 def test_environment_with_an_unknown_name():

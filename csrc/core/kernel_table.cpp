@@ -48,6 +48,9 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                           \
   {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \
    &cpu::isa::operation##_##dtype},
+#define MMCA_LINEAR_ROW(operation, dtype, isa)                                                      \
+  {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, 0, nullptr, \
+   &cpu::isa::operation##_##dtype},
 #define MMCA_SCALAR_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, scalar, 0)
 #define MMCA_AVX2_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx2, 0)
 // One AVX2 register of keys would leave most of a tile of AVX-512 empty. Measured: where small heads (cpu/small.h) gain
@@ -55,14 +58,19 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 32 / sizeof(T) + 1)
 #define MMCA_AMX_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, amx, 32 / sizeof(T) + 1)
 #define MMCA_NEON_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, neon, 0)
+#define MMCA_LINEAR_SCALAR_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, scalar)
+#define MMCA_LINEAR_AVX2_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, avx2)
+#define MMCA_LINEAR_AVX512_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, avx512)
+#define MMCA_LINEAR_NEON_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, neon)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
-      MMCA_AMX_KERNELS(MMCA_AMX_ROW) MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
+      MMCA_AMX_KERNELS(MMCA_AMX_ROW) MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX512_ROW)
+          MMCA_CPU_KERNELS(MMCA_AVX2_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX2_ROW)
 #endif
 #if defined(__aarch64__)
-          MMCA_CPU_KERNELS(MMCA_NEON_ROW)
+              MMCA_CPU_KERNELS(MMCA_NEON_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_NEON_ROW)
 #endif
-              MMCA_CPU_KERNELS(MMCA_SCALAR_ROW)};
+                  MMCA_CPU_KERNELS(MMCA_SCALAR_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_SCALAR_ROW)};
   return table;
 }
 
@@ -126,6 +134,12 @@ void run(Operation operation, const Problem& problem, Executor& executor) {
   const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa(), k_len);
   launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
   kernel.run(problem, make_plan(problem), executor);
+}
+
+void run(Operation operation, const LinearProblem& problem, Executor& executor) {
+  const Kernel& kernel = select_kernel(operation, problem.dtype, cpu_features(), forced_isa());
+  launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
+  kernel.run_linear(problem, executor);
 }
 
 }  // namespace mmca

@@ -10,13 +10,16 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "core/linear_problem.h"
 #include "core/plan.h"
 #include "core/problem.h"
 #include "cpu/cpu_features.h"
 
 namespace mmca {
 
-enum class Operation : std::uint8_t { attention_forward, attention_backward };  // MMCA is attention over two key groups
+// MMCA is attention over two key groups.
+enum class Operation : std::uint8_t { attention_forward, attention_backward, linear_forward, linear_backward };
+constexpr bool is_linear(Operation operation) { return operation >= Operation::linear_forward; }
 
 struct Kernel {
   const char* name;  // "cpu.avx2.attention_forward.f32"
@@ -24,7 +27,8 @@ struct Kernel {
   DType dtype;
   Isa isa;
   std::int64_t fewest_keys;  // with fewer, its tiles are mostly empty and a narrower instruction set is quicker
-  void (*run)(const Problem&, const Plan&, Executor&);
+  void (*run)(const Problem&, const Plan&, Executor&);            // null for linear attention,
+  void (*run_linear)(const LinearProblem&, Executor&) = nullptr;  // which has problems of its own; null for all others
 };
 
 const char* to_string(Operation operation);
@@ -57,5 +61,6 @@ std::optional<Isa> forced_isa();
 
 // Plans the problem, selects a kernel for the running processor and runs it.
 void run(Operation operation, const Problem& problem, Executor& executor);
+void run(Operation operation, const LinearProblem& problem, Executor& executor);
 
 }  // namespace mmca

@@ -4,7 +4,7 @@
 namespace mmca {
 
 const char* to_string(Operation operation) {
-  static const char* const names[] = {"attention_forward", "attention_backward"};
+  static const char* const names[] = {"attention_forward", "attention_backward", "linear_forward", "linear_backward"};
   return names[static_cast<int>(operation)];
 }
 

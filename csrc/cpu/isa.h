@@ -18,9 +18,11 @@
 #include "core/executor.h"
 #include "core/exp2_constants.h"
 #include "core/half.h"
+#include "core/linear_problem.h"
 #include "core/philox.h"
 #include "core/plan.h"
 #include "core/problem.h"
+#include "cpu/linear_schedule.h"
 #include "cpu/scratch.h"
 #include "cpu/schedule.h"
 
@@ -44,19 +46,34 @@
   X(attention_forward, bf16, float) \
   X(attention_backward, bf16, float)
 
+#define MMCA_CPU_LINEAR_KERNELS(X) \
+  X(linear_forward, f32, float)    \
+  X(linear_forward, f64, double)   \
+  X(linear_forward, bf16, float)   \
+  X(linear_forward, f16, float)    \
+  X(linear_backward, f32, float)   \
+  X(linear_backward, f64, double)  \
+  X(linear_backward, bf16, float)  \
+  X(linear_backward, f16, float)
+
 #define MMCA_DECLARE_KERNEL(operation, dtype, T) \
   void operation##_##dtype(const Problem& problem, const Plan& plan, Executor& executor);
+#define MMCA_DECLARE_LINEAR_KERNEL(operation, dtype, T) \
+  void operation##_##dtype(const LinearProblem& problem, Executor& executor);
+#define MMCA_DECLARE_KERNELS            \
+  MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL) \
+  MMCA_CPU_LINEAR_KERNELS(MMCA_DECLARE_LINEAR_KERNEL)
 
 namespace mmca::cpu {
 namespace scalar {
-MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+MMCA_DECLARE_KERNELS
 }
 #if defined(__x86_64__)
 namespace avx2 {
-MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+MMCA_DECLARE_KERNELS
 }
 namespace avx512 {
-MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+MMCA_DECLARE_KERNELS
 }
 namespace amx {
 MMCA_AMX_KERNELS(MMCA_DECLARE_KERNEL)
@@ -64,7 +81,7 @@ MMCA_AMX_KERNELS(MMCA_DECLARE_KERNEL)
 #endif
 #if defined(__aarch64__)
 namespace neon {
-MMCA_CPU_KERNELS(MMCA_DECLARE_KERNEL)
+MMCA_DECLARE_KERNELS
 }
 #endif
 }  // namespace mmca::cpu

@@ -9,6 +9,7 @@ struct Simd<float> {
   using Reg = __m256;
   static constexpr int width = 8, tile_rows = 6;  // 12 accumulators, 2 operands, 1 broadcast of 16 registers
   static constexpr int gradient_run = 32;
+  static constexpr bool fused = true;
 
   static MMCA_INLINE Reg zero() { return _mm256_setzero_ps(); }
   static MMCA_INLINE Reg broadcast(float x) { return _mm256_set1_ps(x); }
@@ -92,6 +93,7 @@ struct Simd<double> {
   using Reg = __m256d;
   static constexpr int width = 4, tile_rows = 6;
   static constexpr int gradient_run = 32;
+  static constexpr bool fused = true;
 
   static MMCA_INLINE Reg zero() { return _mm256_setzero_pd(); }
   static MMCA_INLINE Reg broadcast(double x) { return _mm256_set1_pd(x); }

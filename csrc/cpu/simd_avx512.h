@@ -9,6 +9,7 @@ struct Simd<float> {
   using Reg = __m512;
   static constexpr int width = 16, tile_rows = 12;  // 24 accumulators, 2 operands, 1 broadcast of 32 registers
   static constexpr int gradient_run = 32;
+  static constexpr bool fused = true;
 
   static MMCA_INLINE Reg zero() { return _mm512_setzero_ps(); }
   static MMCA_INLINE Reg broadcast(float x) { return _mm512_set1_ps(x); }
@@ -88,6 +89,7 @@ struct Simd<double> {
   using Reg = __m512d;
   static constexpr int width = 8, tile_rows = 12;
   static constexpr int gradient_run = 32;
+  static constexpr bool fused = true;
 
   static MMCA_INLINE Reg zero() { return _mm512_setzero_pd(); }
   static MMCA_INLINE Reg broadcast(double x) { return _mm512_set1_pd(x); }

@@ -22,6 +22,7 @@ struct Simd<float> {
   };
   static constexpr int width = 8, tile_rows = 6;  // 24 accumulators, 4 operands, 1 broadcast of 32 registers
   static constexpr int gradient_run = 32;
+  static constexpr bool fused = true;
 
   static MMCA_INLINE Reg zero() { return broadcast(0.0f); }
   static MMCA_INLINE Reg broadcast(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
@@ -97,6 +98,7 @@ struct Simd<double> {
   };
   static constexpr int width = 4, tile_rows = 6;
   static constexpr int gradient_run = 32;
+  static constexpr bool fused = true;
 
   static MMCA_INLINE Reg zero() { return broadcast(0.0); }
   static MMCA_INLINE Reg broadcast(double x) { return {vdupq_n_f64(x), vdupq_n_f64(x)}; }

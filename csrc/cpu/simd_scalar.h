@@ -11,6 +11,7 @@ struct Simd {
   static constexpr int tile_rows = 6;  // a tile is tile_rows x 2 registers of accumulators
   static constexpr int gradient_run =
       16;  // rows a key's gradient sums at a time; without fused multiply-adds they are short
+  static constexpr bool fused = false;  // fma rounds once
 
   static MMCA_INLINE Reg zero() { return Reg{}; }
   static MMCA_INLINE Reg broadcast(T x) { return x - Reg{}; }

@@ -11,6 +11,7 @@
 #include "cuda/run.h"
 #endif
 #include "torch/build_info.h"
+#include "torch/linear_ops.h"
 #include "torch/ops.h"
 
 namespace py = pybind11;
@@ -119,4 +120,13 @@ PYBIND11_MODULE(_C, m) {
         "window_left"_a = -1, "window_right"_a = -1, "max_seqlen_q"_a = py::none(), "max_seqlen_k"_a = py::none(),
         "dropout_p"_a = 0.0, "deterministic"_a = false, no_gil,
         "The backward kernel itself -> (grad_query, grad_key, grad_value, grad_attn_mask, grad_gate).");
+  m.def("linear_forward", &linear_attention, "query"_a, "key"_a, "value"_a, "state_S"_a = py::none(),
+        "state_z"_a = py::none(), "key_mask"_a = py::none(), "cu_seqlens_q"_a = py::none(),
+        "cu_seqlens_k"_a = py::none(), "return_state"_a = false, "is_causal"_a = false, no_gil,
+        "The forward kernel of linear attention itself -> (out, S, z).");
+  m.def("linear_backward", &linear_attention_backward, "grad_out"_a, "grad_S"_a, "grad_z"_a, "query"_a, "key"_a,
+        "value"_a, "state_S"_a = py::none(), "state_z"_a = py::none(), "key_mask"_a = py::none(),
+        "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none(), "is_causal"_a = false, no_gil,
+        "The backward kernel of linear attention itself -> (grad_query, grad_key, grad_value, grad_state_S, "
+        "grad_state_z).");
 }

@@ -50,6 +50,8 @@ struct Probe {
   T (*softcapped)(T t, T softcap, T* slope);
   T (*exp2_row)(T* scores, int count, double scale, T maximum);  // the sum
   T (*dot)(const T* a, const T* b, int count);
+  void (*phi)(const T* row, int features, int padded, T* out);  // of a key; padded: a multiple of 2 * width
+  T (*phi_of_query)(const T* row, int features, int padded, T* out);
   void (*dropout_factors)(const Dropout& dropout, const KeyList& keys, std::int32_t first, int count,
                           std::uint32_t position, std::uint32_t head, T* factors);
 

@@ -1,6 +1,7 @@
 // get_probe() of one instruction set; included inside its namespace, after its simd_*.h, by probe_<isa>.cpp.
 
 #include "cpu/bodies.h"
+#include "cpu/feature_map.h"
 
 inline constexpr int probe_stride = mmca::test::probe_stride;
 
@@ -43,6 +44,10 @@ struct ProbeBody {
     for (int i = 0; i < width; ++i) r[i] = S::loadu(square + i * width);
     S::transpose(r);
     for (int i = 0; i < width; ++i) S::storeu(square + i * width, r[i]);
+  }
+  static void phi(const T* row, int features, int padded, T* out) { phi_of_key<T>(row, features, padded, out); }
+  static T query_phi(const T* row, int features, int padded, T* out) {
+    return phi_of_query<T>(row, features, padded, out);
   }
   static T add(const T* lanes) { return S::reduce_add(S::loadu(lanes)); }
   static T max(const T* lanes) { return S::reduce_max(S::loadu(lanes)); }
@@ -110,7 +115,7 @@ struct ProbeBody {
     if constexpr (sizeof(T) == 4) p.widen_row = widen, p.narrow_row = narrow;
     else p.widen_row = nullptr, p.narrow_row = nullptr;
     p.exp2 = exp2, p.exp2_one = one;
-    p.tanh = tanh, p.softcapped = capped;
+    p.tanh = tanh, p.softcapped = capped, p.phi = phi, p.phi_of_query = query_phi;
     p.exp2_row = row_of_exp2;
     p.dot = dot<T>;
     p.dropout_factors = dropout_factors<T>;

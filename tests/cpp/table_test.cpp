@@ -11,7 +11,8 @@
 namespace mmca::test {
 namespace {
 
-constexpr Operation operations[] = {Operation::attention_forward, Operation::attention_backward};
+constexpr Operation operations[] = {Operation::attention_forward, Operation::attention_backward,
+                                    Operation::linear_forward, Operation::linear_backward};
 constexpr DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
 using Features = std::vector<CpuFeature>;
@@ -54,7 +55,8 @@ TEST(Table, NamesSayWhatARowIs) {
     EXPECT_TRUE(names.insert(kernel.name).second) << kernel.name << " is listed twice";
     EXPECT_EQ(kernel.name, std::string("cpu.") + to_string(kernel.isa) + "." + to_string(kernel.operation) + "." +
                                to_string(kernel.dtype));
-    EXPECT_NE(kernel.run, nullptr);
+    EXPECT_EQ(kernel.run == nullptr, is_linear(kernel.operation)) << kernel.name;
+    EXPECT_EQ(kernel.run_linear != nullptr, is_linear(kernel.operation)) << kernel.name;
   }
 }
 
@@ -122,6 +124,10 @@ TEST(Table, EveryNeededFeatureIsNeeded) {
 TEST(Table, FewKeysGetANarrowerInstructionSet) {
   for (const Operation operation : operations)
     for (const DType dtype : dtypes) {
+      if (is_linear(operation)) {  // whose tiles are as full of features as of keys
+        EXPECT_EQ(select_kernel(operation, dtype, having(all_names), std::nullopt, 0).isa, Isa::avx512);
+        continue;
+      }
       const int few = dtype == DType::f64 ? 4 : 8;
       EXPECT_EQ(select_kernel(operation, dtype, having(all_names), std::nullopt, few).isa, Isa::avx2);
       EXPECT_EQ(select_kernel(operation, dtype, having(avx512_names), std::nullopt, few + 1).isa, Isa::avx512);
