@@ -20,7 +20,7 @@ def _laid_out_like(like, features, groups=()):
     return like.new_empty(*groups, *shape, features)
 
 
-def _check_devices(query, rng_state, **tensors):
+def _check_devices(query, rng_state=None, **tensors):
     """The dispatcher takes the fake path for one meta tensor among real ones; nothing may come of such a call."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
