@@ -64,9 +64,6 @@ struct RowViews {
   }
 };
 
-// A row whose softmax is over itself alone: P = 1, and dP - rowsum(P dP) is 0, exactly.
-PRIM bool is_alone(const Problem& problem, const RowView& view) { return view.self_group && !problem.joint(); }
-
 // dS past the softcap, in shared memory, from the products once more.
 template <class S, class T>
 PRIM void pass_softcap(const BackwardArguments<T>& a, smem_t weights, smem_t own, smem_t passing) {
@@ -165,8 +162,8 @@ class QueryGradient {
     const RowView view = block_.view_of_row(group, r);
     RowFacts<T> facts{infinity<T>(), T(0), T(0), T(0)};
     if (view.row >= 0) facts = ld_global(global_facts(group, view.row));
-    if (is_alone(a_.problem, view)) {
-      facts.weight = T(0);  // what would become of dP cancels
+    if (view.alone) {  // P = 1, and dP - rowsum(P dP) is 0, exactly
+      facts.weight = T(0);
       facts.offset = -grad_lse_of<T>(a_.problem, block_.sequence(), group, block_.query_head(), view.row);
       st_global(&global_facts(group, view.row)->offset, facts.offset);
     }
@@ -527,7 +524,7 @@ class KeyGradient {
         const T weight = pair_weight(a_, s[i][j], f.lse, f.low);
         T kept = f.weight;
         if (drops && !v.self_group) kept = Bits::kept(bits, r, place.own_row<S>(i)) ? kept * factor : T(0);
-        const T arrives = is_alone(a_.problem, v) ? T(0) : weighted(kept, dp[i][j]);
+        const T arrives = v.alone ? T(0) : weighted(kept, dp[i][j]);
         s[i][j] = sees ? weight * kept + T(0) : hidden<T>();
         dp[i][j] = sees ? weight * (arrives - f.offset) + T(0) : hidden<T>();
       }

@@ -296,7 +296,8 @@ PRIM void store_row(T* row, std::int64_t feature, int dim, const T (&x)[S::colum
 struct alignas(16) RowView {
   Interval range;           // of the list of the group at hand
   std::int32_t row;         // of the sequence; -1: none
-  std::int32_t self_group;  // 1: the row itself is its image group, whose weight is never dropped
+  std::int16_t self_group;  // 1: the row itself is its image group, whose weight is never dropped
+  std::int16_t alone;       // 1: the row's softmax is over one key
 
   PRIM bool sees(std::int32_t c) const { return c >= range.begin && c < range.end; }
   PRIM bool meets(std::int32_t begin, std::int32_t end) const {
@@ -307,10 +308,15 @@ struct alignas(16) RowView {
 // Row r of a tile of `count` rows that starts at entry `first` of a sequence.
 PRIM RowView view_of(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
                      std::int32_t first, std::int32_t count, int r) {
-  if (r >= count) return {{0, 0}, -1, 0};
+  if (r >= count) return {{0, 0}, -1, 0, 0};
   const std::int32_t entry = first + r;
-  return {entry_range(problem, plan, sequence, entry, group), row_of(plan, sequence, entry),
-          group == 1 && is_self_entry(plan, sequence, entry)};
+  const Interval range = entry_range(problem, plan, sequence, entry, group);
+  bool alone = range.end - range.begin == 1;
+  if (alone && problem.joint() && problem.groups() == 2) {
+    const Interval other = entry_range(problem, plan, sequence, entry, 1 - group);
+    alone = other.begin >= other.end;
+  }
+  return {range, row_of(plan, sequence, entry), group == 1 && is_self_entry(plan, sequence, entry), alone};
 }
 
 // A block's tile of rows of one query head. Blocks, slowest first: KV head; tile of rows, the last one first, which
