@@ -55,8 +55,7 @@ class BackwardRows {
         facts[g].weight = weight[g];
         const double sum = product.plain - product.plain == 0.0 ? product.plain : product.hidden;
         double offset = weighted(static_cast<double>(weight[g]), sum);
-        if (problem_.grad_lse.data)
-          offset -= ld_global(statistic<T>(problem_.grad_lse, tile_.sequence, g, head_, row));
+        if (problem_.grad_lse.data) offset -= ld_global(statistic<T>(problem_.grad_lse, tile_.sequence, g, head_, row));
         facts[g].offset = static_cast<T>(offset);
       }
       if (lane_ != 0) continue;

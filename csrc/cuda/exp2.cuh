@@ -37,9 +37,16 @@ PRIM T exp2_polynomial(T x) {
   else return multiply_add(exp2_polynomial<T, degree + 1>(x), x, coefficient);
 }
 
-// 2^(whole + rest), whole = shifted - magic, |rest| little more than 1/2.
+// The whole number next to x, in the low bits. No exponent is positive but by the rounding of enormous scores.
 template <class T>
-PRIM T exp2_of_parts(T shifted, T rest) {
+PRIM T shifted_exponent(T x) {
+  constexpr T lowest = Exp2Constants<T>::lowest;
+  return (x < lowest ? lowest : x > T(1) ? T(1) : x) + Exp2Constants<T>::magic;  // NaN stays
+}
+// 2^x, x = whole + rest; |rest| is little more than 1/2, or scores are so large that nothing of it is exact.
+template <class T>
+PRIM T exp2_of_parts(T x, T shifted, T rest) {
+  rest = x < Exp2Constants<T>::lowest ? T(0) : rest > T(1) ? T(1) : rest < T(-1) ? T(-1) : rest;
   return exp2_polynomial(rest) * exponent_from_low_bits(shifted);
 }
 
@@ -62,25 +69,17 @@ struct ExponentScale {
   // 2^(c difference). The whole part is split off before anything is rounded, so what rounding leaves is a rounding of
   // less than 1/2, not of the exponent.
   PRIM T exp2_below(T difference, T less = T(0)) const {
-    constexpr T magic = Exp2Constants<T>::magic, lowest = Exp2Constants<T>::lowest;
-    const T x = difference * high - less;
-    const bool vanishes = x < lowest;  // NaN stays
-    const T shifted = (vanishes ? lowest : x) + magic;
-    const T rest = multiply_add(difference, low, multiply_add(difference, high, -(shifted - magic)) - less);
-    return exp2_of_parts(shifted, vanishes ? T(0) : within_one(rest));
+    const T x = difference * high - less, shifted = shifted_exponent(x), whole = shifted - Exp2Constants<T>::magic;
+    return exp2_of_parts(x, shifted, multiply_add(difference, low, multiply_add(difference, high, -whole) - less));
   }
   // 2^(c score - lse - less), in the same way: the whole part goes to lse, and what their sum loses comes back.
   PRIM T exp2_minus(T score, T lse, T less) const {
-    constexpr T magic = Exp2Constants<T>::magic, lowest = Exp2Constants<T>::lowest;
     const T x = multiply_add(score, low, multiply_add(score, high, -lse)) - less;
-    const bool vanishes = x < lowest;
-    const T shifted = (vanishes ? lowest : x) + magic, whole = shifted - magic;
+    const T shifted = shifted_exponent(x), whole = shifted - Exp2Constants<T>::magic;
     const T sum = lse + whole, part = sum - lse, lost = (lse - (sum - part)) + (whole - part);
     const T rest = multiply_add(score, high, -sum) + (multiply_add(score, low, -less) - lost);
-    return exp2_of_parts(shifted, vanishes ? T(0) : within_one(rest));
+    return exp2_of_parts(x, shifted, rest);
   }
-  // Exponents so large that nothing of them is exact.
-  PRIM static T within_one(T rest) { return rest > T(1) ? T(1) : rest < T(-1) ? T(-1) : rest; }
   PRIM double exact(T score) const { return static_cast<double>(score) * (static_cast<double>(high) + low); }
 };
 

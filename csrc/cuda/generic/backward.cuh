@@ -88,7 +88,8 @@ PRIM T grad_lse_of(const Problem& problem, const Sequence& sequence, int group, 
 // P of a pair, from pair_score's result. P <= 1, also where scores are so large that rounding them could say otherwise.
 template <class T>
 PRIM T pair_weight(const BackwardArguments<T>& a, T score, T lse, T low) {
-  const T weight = a.problem.shapes_scores() ? a.scale.exp2_below(score - lse, low) : a.scale.exp2_minus(score, lse, low);
+  const T weight =
+      a.problem.shapes_scores() ? a.scale.exp2_below(score - lse, low) : a.scale.exp2_minus(score, lse, low);
   return weight > T(1) ? T(1) : weight;  // NaN stays
 }
 
