@@ -49,18 +49,19 @@ class BackwardRows {
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       if (g >= groups) continue;
-      Products product{T(0), T(0)};
+      Products product{0.0, 0.0};
       if (facts[g].lse != infinity<T>()) {
         product = output_products(g, row);
         facts[g].weight = weight[g];
-        facts[g].offset = weighted(weight[g], product.plain - product.plain == T(0) ? product.plain : product.hidden);
-        if (problem_.grad_lse.data)
-          facts[g].offset -= ld_global(statistic<T>(problem_.grad_lse, tile_.sequence, g, head_, row));
+        const double sum = product.plain - product.plain == 0.0 ? product.plain : product.hidden;
+        double offset = weighted(static_cast<double>(weight[g]), sum);
+        if (problem_.grad_lse.data) offset -= ld_global(statistic<T>(problem_.grad_lse, tile_.sequence, g, head_, row));
+        facts[g].offset = static_cast<T>(offset);
       }
       if (lane_ != 0) continue;
       prim::st_global(facts_ + facts_index(problem_, tile_.sequence, g, head_, row), facts[g]);
       if (problem_.grad_gate.data)
-        prim::st_global(statistic<T>(problem_.grad_gate, tile_.sequence, g, head_, row), product.plain);
+        prim::st_global(statistic<T>(problem_.grad_gate, tile_.sequence, g, head_, row), static_cast<T>(product.plain));
     }
   }
 
@@ -75,7 +76,7 @@ class BackwardRows {
   // rowsum(dO X_r), and the same where a feature without a gradient hides what X holds: an `out` too large for 16 bits
   // does not spoil the row then.
   struct Products {
-    T plain, hidden;
+    double plain, hidden;
   };
 
   PRIM Products output_products(int group, std::int64_t row) const {
@@ -99,19 +100,20 @@ class BackwardRows {
   PRIM Products sum(int group, std::int64_t row, const void* x, std::int64_t first, std::int64_t step) const {
     const Input& grad = problem_.grad_out;
     const std::int64_t at = row_offset(grad, tile_.sequence, tile_.sequence.q_begin, head_, row) + group * grad.group;
-    Products sum{T(0), T(0)};
+    using Sum = std::conditional_t<sizeof(S) == 2, float, double>;  // exact enough for the inputs
+    Sum plain = Sum(0), hidden = Sum(0);
 #pragma unroll 4
     for (std::int64_t d = lane_; d < problem_.value_dim; d += warp_lanes) {
-      const T dy = number_of<T, S>(grad.data, at + d * grad.feature), y = number_of<T, X>(x, first + d * step);
-      sum.plain += dy * y;
-      sum.hidden += weighted(dy, y);
+      const Sum dy = number_of<Sum, S>(grad.data, at + d * grad.feature), y = number_of<Sum, X>(x, first + d * step);
+      plain += dy * y;
+      hidden += weighted(dy, y);
     }
 #pragma unroll
     for (int mask = warp_lanes / 2; mask > 0; mask /= 2) {
-      sum.plain += prim::shfl_xor(sum.plain, mask);
-      sum.hidden += prim::shfl_xor(sum.hidden, mask);
+      plain += prim::shfl_xor(plain, mask);
+      hidden += prim::shfl_xor(hidden, mask);
     }
-    return sum;
+    return {plain, hidden};
   }
 
   const Problem& problem_;

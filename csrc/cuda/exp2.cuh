@@ -37,12 +37,17 @@ PRIM T exp2_polynomial(T x) {
   else return multiply_add(exp2_polynomial<T, degree + 1>(x), x, coefficient);
 }
 
+// The whole number next to x, in the low bits. No exponent is positive but by the rounding of enormous scores.
 template <class T>
-PRIM T exp2_exact(T x) {
-  constexpr T magic = Exp2Constants<T>::magic, lowest = Exp2Constants<T>::lowest;
-  x = x < lowest ? lowest : x;  // NaN stays
-  const T shifted = x + magic;
-  return exp2_polynomial(x - (shifted - magic)) * exponent_from_low_bits(shifted);
+PRIM T shifted_exponent(T x) {
+  constexpr T lowest = Exp2Constants<T>::lowest;
+  return (x < lowest ? lowest : x > T(1) ? T(1) : x) + Exp2Constants<T>::magic;  // NaN stays
+}
+// 2^x, x = whole + rest; |rest| is little more than 1/2, or scores are so large that nothing of it is exact.
+template <class T>
+PRIM T exp2_of_parts(T x, T shifted, T rest) {
+  rest = x < Exp2Constants<T>::lowest ? T(0) : rest > T(1) ? T(1) : rest < T(-1) ? T(-1) : rest;
+  return exp2_polynomial(rest) * exponent_from_low_bits(shifted);
 }
 
 // scale * log2(e) in two parts: rounded to one, every score would be off by the same factor. Both are positive, so that
@@ -61,8 +66,20 @@ struct ExponentScale {
     low = std::fmax(static_cast<T>(exact - high), smallest);
   }
 
-  PRIM T below(T difference) const { return multiply_add(difference, low, difference * high); }
-  PRIM T minus(T score, T lse) const { return multiply_add(score, low, multiply_add(score, high, -lse)); }
+  // 2^(c difference). The whole part is split off before anything is rounded, so what rounding leaves is a rounding of
+  // less than 1/2, not of the exponent.
+  PRIM T exp2_below(T difference, T less = T(0)) const {
+    const T x = difference * high - less, shifted = shifted_exponent(x), whole = shifted - Exp2Constants<T>::magic;
+    return exp2_of_parts(x, shifted, multiply_add(difference, low, multiply_add(difference, high, -whole) - less));
+  }
+  // 2^(c score - lse - less), in the same way: the whole part goes to lse, and what their sum loses comes back.
+  PRIM T exp2_minus(T score, T lse, T less) const {
+    const T x = multiply_add(score, low, multiply_add(score, high, -lse)) - less;
+    const T shifted = shifted_exponent(x), whole = shifted - Exp2Constants<T>::magic;
+    const T sum = lse + whole, part = sum - lse, lost = (lse - (sum - part)) + (whole - part);
+    const T rest = multiply_add(score, high, -sum) + (multiply_add(score, low, -less) - lost);
+    return exp2_of_parts(x, shifted, rest);
+  }
   PRIM double exact(T score) const { return static_cast<double>(score) * (static_cast<double>(high) + low); }
 };
 

@@ -64,9 +64,6 @@ struct RowViews {
   }
 };
 
-// A row whose softmax is over itself alone: P = 1, and dP - rowsum(P dP) is 0, exactly.
-PRIM bool is_alone(const Problem& problem, const RowView& view) { return view.self_group && !problem.joint(); }
-
 // dS past the softcap, in shared memory, from the products once more.
 template <class S, class T>
 PRIM void pass_softcap(const BackwardArguments<T>& a, smem_t weights, smem_t own, smem_t passing) {
@@ -91,8 +88,9 @@ PRIM T grad_lse_of(const Problem& problem, const Sequence& sequence, int group, 
 // P of a pair, from pair_score's result. P <= 1, also where scores are so large that rounding them could say otherwise.
 template <class T>
 PRIM T pair_weight(const BackwardArguments<T>& a, T score, T lse, T low) {
-  const T exponent = (a.problem.shapes_scores() ? a.scale.below(score - lse) : a.scale.minus(score, lse)) - low;
-  return exp2_exact(exponent > T(0) ? T(0) : exponent);  // NaN stays
+  const T weight =
+      a.problem.shapes_scores() ? a.scale.exp2_below(score - lse, low) : a.scale.exp2_minus(score, lse, low);
+  return weight > T(1) ? T(1) : weight;  // NaN stays
 }
 
 // ---- dQ ------------------------------------------------------------------------------------------------------------
@@ -165,8 +163,8 @@ class QueryGradient {
     const RowView view = block_.view_of_row(group, r);
     RowFacts<T> facts{infinity<T>(), T(0), T(0), T(0)};
     if (view.row >= 0) facts = ld_global(global_facts(group, view.row));
-    if (is_alone(a_.problem, view)) {
-      facts.weight = T(0);  // what would become of dP cancels
+    if (view.alone) {  // P = 1, and dP - rowsum(P dP) is 0, exactly
+      facts.weight = T(0);
       facts.offset = -grad_lse_of<T>(a_.problem, block_.sequence(), group, block_.query_head(), view.row);
       st_global(&global_facts(group, view.row)->offset, facts.offset);
     }
@@ -269,11 +267,11 @@ class QueryGradient {
       const T before = maximum_[i];
       maximum_[i] = maximum(before, maximum_of_row(best));
       const T base = maximum_[i] == -infinity<T>() ? T(0) : maximum_[i];
-      const T rescale = exp2_exact(a_.scale.below(before - base));
+      const T rescale = a_.scale.exp2_below(before - base);
       T sum = T(0), product = T(0);
 #pragma unroll
       for (int j = 0; j < S::passing_steps; ++j) {
-        const T p = exp2_exact(a_.scale.below(s[i][j] - base));
+        const T p = a_.scale.exp2_below(s[i][j] - base);
         sum += p;
         if (s[i][j] != -infinity<T>())
           product = multiply_add(p, weighted(kept(place.own_row<S>(i), place.passing_row(j), v, w, factor), dp[i][j]),
@@ -284,18 +282,18 @@ class QueryGradient {
     }
   }
 
-  // The sums of all lanes, and of the sum its inverse; offset = rowsum(P dP) - dlse, here and for the other kernel.
+  // The sums of all lanes, fit to divide by; offset = rowsum(P dP) - dlse, here and for the other kernel.
   PRIM void take_sums(int group) {
     const Place place;
 #pragma unroll
     for (int i = 0; i < S::own_steps; ++i) {
       const RowView v = view(place.own_row<S>(i));
       const T sum = sum_of_row(sum_[i]), product = sum_of_row(product_[i]);
-      sum_[i] = sum == T(0) ? T(0) : T(1) / sum;
+      sum_[i] = sum == T(0) ? T(1) : sum;
       if (maximum_[i] == -infinity<T>()) maximum_[i] = T(0);
       if (place.x != 0 || v.range.begin >= v.range.end || !is_whole(i, group)) continue;
       const T offset =
-          product * sum_[i] - grad_lse_of<T>(a_.problem, block_.sequence(), group, block_.query_head(), v.row);
+          product / sum_[i] - grad_lse_of<T>(a_.problem, block_.sequence(), group, block_.query_head(), v.row);
       st_shared(Views::offset(views, place.own_row<S>(i)), offset);
       st_global(&global_facts(group, v.row)->offset, offset);
     }
@@ -323,7 +321,7 @@ class QueryGradient {
 #pragma unroll
       for (int j = 0; j < S::passing_steps; ++j) {
         const T weight =
-            few ? exp2_exact(a_.scale.below(s[i][j] - maximum_[i])) * sum_[i] : pair_weight(a_, s[i][j], f.lse, f.low);
+            few ? a_.scale.exp2_below(s[i][j] - maximum_[i]) / sum_[i] : pair_weight(a_, s[i][j], f.lse, f.low);
         const T gradient =
             weight *
             (weighted(kept(place.own_row<S>(i), place.passing_row(j), v, f.weight, factor), dp[i][j]) - f.offset);
@@ -527,7 +525,7 @@ class KeyGradient {
         const T weight = pair_weight(a_, s[i][j], f.lse, f.low);
         T kept = f.weight;
         if (drops && !v.self_group) kept = Bits::kept(bits, r, place.own_row<S>(i)) ? kept * factor : T(0);
-        const T arrives = is_alone(a_.problem, v) ? T(0) : weighted(kept, dp[i][j]);
+        const T arrives = v.alone ? T(0) : weighted(kept, dp[i][j]);
         s[i][j] = sees ? weight * kept + T(0) : hidden<T>();
         dp[i][j] = sees ? weight * (arrives - f.offset) + T(0) : hidden<T>();
       }

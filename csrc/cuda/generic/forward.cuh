@@ -146,11 +146,11 @@ class Forward {
       const T before = maximum_[i];
       maximum_[i] = maximum(before, maximum_of_row(best));
       const T base = maximum_[i] == -infinity<T>() ? T(0) : maximum_[i];
-      const T rescale = exp2_exact(scale_.below(before - base));
+      const T rescale = scale_.exp2_below(before - base);
       T sum = T(0);
 #pragma unroll
       for (int j = 0; j < S::passing_steps; ++j) {
-        const T p = exp2_exact(scale_.below(s[i][j] - base));
+        const T p = scale_.exp2_below(s[i][j] - base);
         sum += p;
         s[i][j] = s[i][j] == -infinity<T>() ? hidden<T>() : p;
       }

@@ -251,10 +251,20 @@ PRIM void weigh_rows(smem_t weights, smem_t passing, T (&sum)[S::own_steps][S::c
     }
   }
 }
+// A tile's sum is taken apart: rounding grows with the lengths of the two sums, not with their product.
 template <class S, class T>
 PRIM void weigh(smem_t weights, smem_t passing, bool all_finite, T (&sum)[S::own_steps][S::columns]) {
-  if (all_finite) weigh_rows<S, true>(weights, passing, sum);
-  else weigh_rows<S, false>(weights, passing, sum);
+  T part[S::own_steps][S::columns];
+#pragma unroll
+  for (int i = 0; i < S::own_steps; ++i)
+#pragma unroll
+    for (int d = 0; d < S::columns; ++d) part[i][d] = T(0);
+  if (all_finite) weigh_rows<S, true>(weights, passing, part);
+  else weigh_rows<S, false>(weights, passing, part);
+#pragma unroll
+  for (int i = 0; i < S::own_steps; ++i)
+#pragma unroll
+    for (int d = 0; d < S::columns; ++d) sum[i][d] += part[i][d];
 }
 
 // ---- results -----------------------------------------------------------------------------------------------------
@@ -286,7 +296,8 @@ PRIM void store_row(T* row, std::int64_t feature, int dim, const T (&x)[S::colum
 struct alignas(16) RowView {
   Interval range;           // of the list of the group at hand
   std::int32_t row;         // of the sequence; -1: none
-  std::int32_t self_group;  // 1: the row itself is its image group, whose weight is never dropped
+  std::int16_t self_group;  // 1: the row itself is its image group, whose weight is never dropped
+  std::int16_t alone;       // 1: the row's softmax is over one key
 
   PRIM bool sees(std::int32_t c) const { return c >= range.begin && c < range.end; }
   PRIM bool meets(std::int32_t begin, std::int32_t end) const {
@@ -297,10 +308,15 @@ struct alignas(16) RowView {
 // Row r of a tile of `count` rows that starts at entry `first` of a sequence.
 PRIM RowView view_of(const Problem& problem, const DevicePlan& plan, const Sequence& sequence, int group,
                      std::int32_t first, std::int32_t count, int r) {
-  if (r >= count) return {{0, 0}, -1, 0};
+  if (r >= count) return {{0, 0}, -1, 0, 0};
   const std::int32_t entry = first + r;
-  return {entry_range(problem, plan, sequence, entry, group), row_of(plan, sequence, entry),
-          group == 1 && is_self_entry(plan, sequence, entry)};
+  const Interval range = entry_range(problem, plan, sequence, entry, group);
+  bool alone = range.end - range.begin == 1;
+  if (alone && problem.joint() && problem.groups() == 2) {
+    const Interval other = entry_range(problem, plan, sequence, entry, 1 - group);
+    alone = other.begin >= other.end;
+  }
+  return {range, row_of(plan, sequence, entry), group == 1 && is_self_entry(plan, sequence, entry), alone};
 }
 
 // A block's tile of rows of one query head. Blocks, slowest first: KV head; tile of rows, the last one first, which
