@@ -15,6 +15,7 @@ from . import functional, nn, reference  # noqa: E402
 from .nn import (  # noqa: E402
     MGQA,
     KVCache,
+    LinearCache,
     MultiModalCausalAttention,
     MultiModalCrossAttention,
     RotaryEmbedding,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MGQA",
     "KVCache",
+    "LinearCache",
     "MultiModalCausalAttention",
     "MultiModalCrossAttention",
     "RotaryEmbedding",

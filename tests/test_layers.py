@@ -447,9 +447,6 @@ def test_heads_are_split_and_merged_without_a_copy():
         (TypeError, "bias.*bool", lambda: make(MGQA, 24, 4)(X, bias=torch.ones(5, 5).bool())),
         (TypeError, "context_mask.*list", lambda: cross_attention()(X, CONTEXT, context_mask=[1, 0])),
         (ValueError, "modality", lambda: make(MultiModalCausalAttention, 24, 4)(X, MODALITY[:, :3])),
-        (NotImplementedError, "linear=True", lambda: MGQA(24, linear=True)),
-        (NotImplementedError, "linear=True", lambda: SimpleMMCA(24, 4, linear=True)),
-        (NotImplementedError, "linear=True", lambda: MultiModalCausalAttention(24, 4, linear=True)),
     ],
 )
 def test_errors_name_the_argument_and_its_value(error, says, call):

@@ -22,8 +22,8 @@ class LinearQueryGradient final : public LinearRows<T> {
   static typename Sweep<T>::Sizes sizes(const LinearProblem& p) {
     return {static_cast<int>(p.value_dim), static_cast<int>(p.head_dim), static_cast<int>(p.head_dim)};
   }
-  static SweepOrder order(const LinearProblem& p) {
-    SweepOrder order = LinearForward<T>::order(p);
+  static SweepOrder order(const LinearSequence& sequence) {
+    SweepOrder order = LinearForward<T>::order(sequence);
     order.needs_end = false;
     return order;
   }
@@ -86,9 +86,11 @@ template <class T>
 class LinearRowsBackwards : public LinearRows<T> {
  public:
   using LinearRows<T>::LinearRows;
-  static SweepOrder order(const LinearProblem& p) {
+  static SweepOrder order(const LinearSequence& sequence) {
+    const LinearProblem& p = sequence.problem;
     SweepOrder order;
-    order.writers_per_token = p.heads_per_kv(), order.writers = p.q_len * order.writers_per_token;
+    order.writers_per_token = p.heads_per_kv();
+    if (sequence.has_keys() || p.state.sum) order.writers = p.q_len * order.writers_per_token;
     order.readers = p.k_len;
     order.lead = p.causal ? 1 : lead_of_all(p.q_len);
     return order;
@@ -167,9 +169,9 @@ class LinearKeyGradient final : public LinearRowsBackwards<T> {
   static typename Sweep<T>::Sizes sizes(const LinearProblem& p) {
     return {static_cast<int>(p.value_dim) + 1, static_cast<int>(p.head_dim), 0};
   }
-  static SweepOrder order(const LinearProblem& p) {
-    SweepOrder order = LinearRowsBackwards<T>::order(p);
-    order.needs_end = p.grad_state.sum != nullptr;
+  static SweepOrder order(const LinearSequence& sequence) {
+    SweepOrder order = LinearRowsBackwards<T>::order(sequence);
+    order.needs_end = sequence.problem.grad_state.sum != nullptr;
     return order;
   }
 

@@ -97,9 +97,10 @@ class LinearForward final : public LinearRows<T> {
   static typename Sweep<T>::Sizes sizes(const LinearProblem& p) {
     return {static_cast<int>(p.head_dim), static_cast<int>(p.value_dim), static_cast<int>(p.head_dim)};
   }
-  static SweepOrder order(const LinearProblem& p) {
+  static SweepOrder order(const LinearSequence& sequence) {
+    const LinearProblem& p = sequence.problem;
     SweepOrder order;
-    order.writers = p.k_len;
+    order.writers = sequence.has_keys() ? p.k_len : 0;
     order.readers_per_token = p.heads_per_kv(), order.readers = p.q_len * order.readers_per_token;
     order.lead = p.causal ? 1 + p.k_len - p.q_len : lead_of_all(p.k_len);
     order.needs_end = p.final_state.sum != nullptr;
@@ -157,8 +158,7 @@ class LinearStage final : public SweepStage {
   }
 
   SweepOrder order(std::int64_t head) const override {
-    LinearSequence sequence = sequences_.of(head / problem_.kv_heads);
-    return Roles<T>::order(sequence.problem);
+    return Roles<T>::order(sequences_.of(head / problem_.kv_heads));
   }
   void whole(std::int64_t head) const override {
     with(head, [](Sweep<T>& sweep, auto&) { sweep.whole(); });
@@ -188,7 +188,7 @@ class LinearStage final : public SweepStage {
   template <class Body>
   void with(std::int64_t head, const Body& body) const {
     const LinearSequence sequence = sequences_.of(head / problem_.kv_heads);
-    const SweepOrder order = Roles<T>::order(sequence.problem);
+    const SweepOrder order = Roles<T>::order(sequence);
     Roles<T> roles(sequence, head % problem_.kv_heads);
     Arena measure(nullptr);
     Sweep<T>(order, roles, sizes_, measure);

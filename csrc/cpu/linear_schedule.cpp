@@ -168,7 +168,9 @@ void run_sweep(const SweepStage& stage, Executor& executor) {
   std::vector<Head> heads, split;
   double work = 0;
   for (std::int64_t h = 0; h < stage.heads; ++h) {
-    heads.push_back({h, cost_of(stage, stage.order(h))});
+    const SweepOrder order = stage.order(h);
+    if (!order.writers && !order.readers && !order.needs_end) continue;
+    heads.push_back({h, cost_of(stage, order)});
     work += heads.back().cost;
   }
   std::stable_sort(heads.begin(), heads.end(), [](const Head& a, const Head& b) { return a.cost > b.cost; });

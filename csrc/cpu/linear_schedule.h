@@ -18,6 +18,7 @@ struct LinearSequence {
   std::int64_t first_key;  // that key_mask leaves; k_len: none
   bool exists;             // false: what lies past the last offset
 
+  bool has_keys() const { return exists && first_key < problem.k_len; }
   bool hides_key(std::int64_t j) const { return !exists || (problem.key_mask && !problem.key_mask[j]); }
   bool hides_all_from(std::int64_t row) const {
     if (!exists) return true;

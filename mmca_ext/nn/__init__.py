@@ -3,6 +3,7 @@
 from .convert import from_mmqqa, to_mmqqa
 from .cross_attention import MultiModalCrossAttention
 from .kv_cache import KVCache
+from .linear import LinearCache
 from .mgqa import MGQA
 from .multimodal_causal_attention import MultiModalCausalAttention
 from .rotary import Llama3Scaling, RotaryEmbedding, RotaryTable
@@ -12,6 +13,7 @@ from .simple_mmca import SimpleMMCA, SimpleMMCACache, SimpleMMCAOutput
 __all__ = [
     "MGQA",
     "KVCache",
+    "LinearCache",
     "Llama3Scaling",
     "MultiModalCausalAttention",
     "MultiModalCrossAttention",

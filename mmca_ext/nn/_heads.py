@@ -42,13 +42,6 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def refuse_linear(linear):
-    if linear:
-        raise NotImplementedError(
-            "linear=True is not built into the kernels yet; mmca_ext.reference.linear_attention has it"
-        )
-
-
 def check_softcap(softcap):
     number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
     if softcap is not None and not (number and 0.0 <= softcap < float("inf")):

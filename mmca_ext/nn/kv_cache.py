@@ -58,6 +58,8 @@ class KVCache:
         """
         if not hasattr(layer, "kv_heads"):
             raise TypeError(f"layer must be an MGQA or a MultiModalCausalAttention, got {type(layer).__name__}")
+        if getattr(layer, "linear", False):
+            raise TypeError("layer is linear: LinearCache.for_layer makes its cache")
         weight = layer.to_out.weight
         dtype = weight.dtype if dtype is None else dtype
         return cls(batch, capacity, layer.kv_heads, layer.dim_head, dtype=dtype, device=weight.device)

@@ -17,11 +17,11 @@ from ._heads import (
     check_softcap,
     key_mask,
     merge_heads,
-    refuse_linear,
     split_heads,
 )
 from ._packed import attention_offsets
 from .kv_cache import KVCache, check_cache
+from .linear import NO_FORM, LinearCache, attend, check_linear, check_linear_cache
 from .rotary import check_rotary, rotate_heads
 
 QK_NORM_SCALE = 10.0  # the published default
@@ -45,7 +45,9 @@ class MGQA(nn.Module):
         dropout: probability of dropping an attention weight, in training only.
         qk_norm: l2-normalise queries and keys per head and score with scale 10, in place of 1 / sqrt(dim_head).
         context_dim: features of a context; None: dim.
-        linear: linear attention; not built yet.
+        linear: linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) in place of softmax: time linear in the
+            length, and a LinearCache of constant size. Dropout then acts on the heads' output. Scores are never formed,
+            so qk_norm, softcap, window, rotary and a call's attn_mask and bias do not go with it.
         flash: False computes the same through `mmca_ext.reference`, readable and slow.
         softcap: s = softcap * tanh(s / softcap) bounds the scores (Gemma 2, arXiv 2408.00118); None: no bound.
         window: (left, right): row i at p = i + (M - N) sees the keys p - left <= j <= p + right; None is unbounded.
@@ -80,10 +82,10 @@ class MGQA(nn.Module):
         check_sizes(dim=dim, context_dim=context_dim)
         check_heads(heads, kv_heads, dim_head)
         check_dropout(dropout)
-        refuse_linear(linear)
         check_softcap(softcap)
         parse_window(window)
         check_rotary(rotary, dim_head)
+        check_linear(linear, qk_norm=qk_norm, softcap=softcap, window=window is not None, rotary=rotary is not None)
         self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
         self.causal, self.dropout, self.qk_norm, self.context_dim, self.flash = (
             causal,
@@ -92,7 +94,7 @@ class MGQA(nn.Module):
             context_dim,
             flash,
         )
-        self.softcap, self.window, self.rotary = softcap, window, rotary
+        self.softcap, self.window, self.rotary, self.linear = softcap, window, rotary, linear
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(context_dim, kv_heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, kv_heads * dim_head, bias=False)
@@ -128,9 +130,9 @@ class MGQA(nn.Module):
             cu_seqlens, context_cu_seqlens: int32 or int64 (S + 1,) offsets of S packed sequences; each attends to
                 itself, or to its context. No masks, bias or cache go with them.
             max_seqlen, context_max_seqlen: upper bounds on the packed lengths.
-            cache: a KVCache. x is then the tokens that follow those in it (`mask` is theirs): they are appended, and M
-                counts all. For causal=True this is what a call on the whole sequence gives these rows. A cache of
-                `cache_context` takes the place of context and context_mask.
+            cache: a KVCache; for linear=True a LinearCache. x is then the tokens that follow those in it (`mask` is
+                theirs): they are appended, and M counts all. For causal=True this is what a call on the whole sequence
+                gives these rows. A cache of `cache_context` takes the place of context and context_mask.
 
         Returns:
             (B, N, dim) or (T, dim); 0 for a row that may attend to nothing.
@@ -139,18 +141,23 @@ class MGQA(nn.Module):
         offsets = attention_offsets(context, cu_seqlens, context_cu_seqlens, max_seqlen, context_max_seqlen, apart)
         check_input("x", x, self.dim, packed=bool(offsets))
         if cache is not None:
-            check_cache(cache, x.shape[0], self.kv_heads, self.dim_head)
+            check = check_linear_cache if self.linear else check_cache
+            check(cache, x.shape[0], self.kv_heads, self.dim_head)
         query = split_heads(self.to_q(x), self.heads)
         if self.qk_norm:
             query = l2_normalised(query)
         if context is None and not (cache is not None and cache.frozen):
             if context_mask is not None:
                 raise ValueError("context_mask belongs to a context; the padding of x's own keys is `mask`")
+            if self.linear:
+                return self._linear_self(query, x, mask, attn_mask, bias, positions, offsets, cache)
             before = 0 if cache is None else cache.length
             attn_mask = self._attn_mask(attn_mask, bias, x, before + x.shape[-2])
             query, key, value, padding = self._own_keys(query, x, mask, positions, cu_seqlens, cache)
         else:
             self._check_context(x, context, mask, context_mask, positions, cache, packed=bool(offsets))
+            if self.linear:
+                return self._linear_cross(query, context, context_mask, attn_mask, bias, offsets, cache)
             if cache is None:
                 key, value = self._keys_and_values(context)
                 padding = key_mask("context_mask", context_mask, *context.shape[:2])
@@ -180,16 +187,60 @@ class MGQA(nn.Module):
             context_mask: (B, M), True (or 1) = attend.
 
         Returns:
-            A frozen KVCache; layers attend to it and append nothing.
+            A frozen KVCache (for linear=True a LinearCache, its state); layers attend to it and append nothing.
         """
         check_input("context", context, self.context_dim)
         padding = key_mask("context_mask", context_mask, *context.shape[:2])
+        if self.linear:
+            key, value = self._keys_and_values(context)
+            query = key.new_empty(key.shape[0], self.heads, 0, self.dim_head)
+            _, state = attend(self, query, key, value, False, keep=True, key_mask=padding)
+            return LinearCache.of_context(state, context.shape[1])
         return KVCache.of_context(*self._keys_and_values(context), padding)
 
     def _keys_and_values(self, source):
         key = split_heads(self.to_k(source), self.kv_heads)
         value = split_heads(self.to_v(source), self.kv_heads)
         return l2_normalised(key) if self.qk_norm else key, value
+
+    def _linear_self(self, query, x, mask, attn_mask, bias, positions, offsets, cache):
+        """Rows that attend to x, and to what a cache remembers."""
+        self._refuse_pairs(attn_mask, bias)
+        if positions is not None:
+            raise ValueError("positions are for rotary, and the layer has none")
+        if self.context_dim != self.dim:
+            raise ValueError(f"context_dim={self.context_dim} is not dim={self.dim}, so the call needs a context")
+        padding = None if offsets else key_mask("mask", mask, *x.shape[:2])
+        key, value = self._keys_and_values(x)
+        if cache is None:
+            out = attend(self, query, key, value, self.causal, key_mask=padding, **offsets)
+        else:
+            state = cache.states[0]
+            out, state = attend(self, query, key, value, self.causal, keep=True, key_mask=padding, state=state)
+            cache.advance((state,), x.shape[1])
+        return self.to_out(merge_heads(out))
+
+    def _linear_cross(self, query, context, context_mask, attn_mask, bias, offsets, cache):
+        """Rows that attend to a context, or to the state of one."""
+        self._refuse_pairs(attn_mask, bias)
+        padding = state = None
+        if cache is None:
+            key, value = self._keys_and_values(context)
+            padding = None if offsets else key_mask("context_mask", context_mask, *context.shape[:2])
+        else:
+            key = value = query.new_empty(query.shape[0], self.kv_heads, 0, self.dim_head)
+            state = cache.states[0]
+            if self.causal and query.shape[2] > 1:
+                raise ValueError("causal=True needs the context itself: its state does not tell which row sees what")
+        out = attend(self, query, key, value, self.causal, key_mask=padding, state=state, **offsets)
+        return self.to_out(merge_heads(out))
+
+    def _refuse_pairs(self, attn_mask, bias):
+        for name, given in (("attn_mask", attn_mask), ("bias", bias)):
+            if given is not None:
+                raise ValueError(
+                    f"{name} does not go with linear=True: {NO_FORM}; padding of keys is mask or context_mask"
+                )
 
     def _own_keys(self, query, x, mask, positions, cu_seqlens, cache):
         """The queries, rotated, and the keys, values and padding of x behind what the cache holds."""
@@ -230,5 +281,5 @@ class MGQA(nn.Module):
         return (
             f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, dim_head={self.dim_head}, "
             f"causal={self.causal}, dropout={self.dropout}, qk_norm={self.qk_norm}, flash={self.flash}, "
-            f"softcap={self.softcap}, window={self.window}"
+            f"softcap={self.softcap}, window={self.window}, linear={self.linear}"
         )

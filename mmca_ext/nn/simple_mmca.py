@@ -7,6 +7,7 @@ from torch import nn
 
 from ._heads import check_context, check_input, check_sizes
 from .kv_cache import KVCache
+from .linear import LinearCache
 from .mgqa import MGQA
 
 
@@ -18,10 +19,11 @@ class SimpleMMCAOutput(NamedTuple):
 
 
 class SimpleMMCACache(NamedTuple):
-    """What SimpleMMCA.decode keeps: the keys and values of the text so far, and those of the image, encoded once."""
+    """What SimpleMMCA.decode keeps: the keys and values of the text so far, and those of the image, encoded once; of a
+    linear layer their states."""
 
-    text: KVCache
-    visual: KVCache
+    text: KVCache | LinearCache
+    visual: KVCache | LinearCache
 
 
 class SimpleMMCA(nn.Module):
@@ -43,7 +45,7 @@ class SimpleMMCA(nn.Module):
         qk_norm: l2-normalised queries and keys, scale 10.
         flash: False computes the same through `mmca_ext.reference`.
         dim_head: features per head, 1 to 256.
-        linear: linear attention; not built yet.
+        linear: linear attention in all three, in place of softmax: see MGQA. qk_norm does not go with it.
 
     Raises:
         ValueError, TypeError: at construction and at the call, naming the argument, its value and what is accepted.
@@ -113,12 +115,12 @@ class SimpleMMCA(nn.Module):
         cross = self.cross_attn(text, visual, context_mask=visual_mask, **of_text, **of_context)
         return SimpleMMCAOutput(visual, text + cross)
 
-    def make_cache(self, v, capacity, visual_mask=None):
+    def make_cache(self, v, capacity=None, visual_mask=None):
         """Encode the image once, for `decode`.
 
         Args:
             v: visual tokens (B, Nv, dim).
-            capacity: the most text tokens there will be, padding included.
+            capacity: the most text tokens there will be, padding included; for linear=True not needed.
             visual_mask: (B, Nv), True (or 1) = attend.
 
         Returns:
@@ -128,7 +130,10 @@ class SimpleMMCA(nn.Module):
             raise ValueError("generation needs causal=True: else every text token changes the rows before it")
         check_input("v", v, self.dim)
         visual = self.visual_self_attn(v, mask=visual_mask)
-        text = KVCache.for_layer(self.textual_self_attn, v.shape[0], capacity, visual.dtype)
+        if self.textual_self_attn.linear:
+            text = LinearCache.for_layer(self.textual_self_attn, v.shape[0])
+        else:
+            text = KVCache.for_layer(self.textual_self_attn, v.shape[0], capacity, visual.dtype)
         return SimpleMMCACache(text, self.cross_attn.cache_context(visual, visual_mask))
 
     def decode(self, t, cache, text_mask=None):
