@@ -23,7 +23,7 @@ struct ForwardShape<float, 64> : Shape<float, 64, 4, 8, 3> {};
 template <>
 struct ForwardShape<float, 128> : Shape<float, 128, 4, 4, 2> {};
 template <>
-struct ForwardShape<float, 256> : Shape<float, 256, 2, 2, 3> {};
+struct ForwardShape<float, 256> : Shape<float, 256, 2, 2, 2> {};
 template <>
 struct ForwardShape<double, 64> : Shape<double, 64, 4, 4, 2> {};
 template <>

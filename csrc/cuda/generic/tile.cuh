@@ -251,9 +251,15 @@ PRIM void weigh_rows(smem_t weights, smem_t passing, T (&sum)[S::own_steps][S::c
     }
   }
 }
-// A tile's sum is taken apart: rounding grows with the lengths of the two sums, not with their product.
+// In fp32 a tile's sum is taken apart: rounding grows with the lengths of the two sums, not with their product. In fp64
+// it does not matter, and the registers do.
 template <class S, class T>
 PRIM void weigh(smem_t weights, smem_t passing, bool all_finite, T (&sum)[S::own_steps][S::columns]) {
+  if constexpr (sizeof(T) == 8) {
+    if (all_finite) weigh_rows<S, true>(weights, passing, sum);
+    else weigh_rows<S, false>(weights, passing, sum);
+    return;
+  }
   T part[S::own_steps][S::columns];
 #pragma unroll
   for (int i = 0; i < S::own_steps; ++i)
