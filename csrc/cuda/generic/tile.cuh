@@ -258,19 +258,19 @@ PRIM void weigh(smem_t weights, smem_t passing, bool all_finite, T (&sum)[S::own
   if constexpr (sizeof(T) == 8) {
     if (all_finite) weigh_rows<S, true>(weights, passing, sum);
     else weigh_rows<S, false>(weights, passing, sum);
-    return;
+  } else {
+    T part[S::own_steps][S::columns];
+#pragma unroll
+    for (int i = 0; i < S::own_steps; ++i)
+#pragma unroll
+      for (int d = 0; d < S::columns; ++d) part[i][d] = T(0);
+    if (all_finite) weigh_rows<S, true>(weights, passing, part);
+    else weigh_rows<S, false>(weights, passing, part);
+#pragma unroll
+    for (int i = 0; i < S::own_steps; ++i)
+#pragma unroll
+      for (int d = 0; d < S::columns; ++d) sum[i][d] += part[i][d];
   }
-  T part[S::own_steps][S::columns];
-#pragma unroll
-  for (int i = 0; i < S::own_steps; ++i)
-#pragma unroll
-    for (int d = 0; d < S::columns; ++d) part[i][d] = T(0);
-  if (all_finite) weigh_rows<S, true>(weights, passing, part);
-  else weigh_rows<S, false>(weights, passing, part);
-#pragma unroll
-  for (int i = 0; i < S::own_steps; ++i)
-#pragma unroll
-    for (int d = 0; d < S::columns; ++d) sum[i][d] += part[i][d];
 }
 
 // ---- results -----------------------------------------------------------------------------------------------------
