@@ -56,7 +56,7 @@ cuda-report:  ## registers, stack and spills of every CUDA kernel that the last 
 	@$(PY) cuda_compiler.py --report build
 
 mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale")
-	$(PY) tests/mutants.py $(MUTANTS)
+	$(PY) -m tests.mutants $(MUTANTS)
 
 packaging: build  ## every way to build and install, with and without isolation and torch
 	$(PIP) install build
