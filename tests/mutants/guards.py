@@ -345,8 +345,13 @@ PORTABLE = {
 # Compiled with every instruction set; run with the tests of this one alone, where the processor has it.
 AMX = {
     "csrc/cpu/amx_tiles.h": [
-        Guard("numbers that are not finite become 0", [NAN], "x[i] = _mm512_maskz_mov_epi16(~found, x[i]);", ""),
-        Guard("numbers that are not finite are noticed", [NAN], "non_finite |= found;", ""),
+        Guard(
+            "numbers that are not finite become 0",
+            [NAN],
+            "_mm512_store_si512(numbers + i, _mm512_maskz_mov_epi16(finite, x));",
+            ";",
+        ),
+        Guard("numbers that are not finite are noticed", [NAN], "finite.see(x[i]);", ";"),
         Guard(
             "a scale of 0 hides the query",
             [EXTREME],
@@ -380,6 +385,9 @@ AMX = {
             "store_parts<3>(first, second, x, rest(row) + c);",
             ";",
         ),
+    ],
+    "csrc/cpu/amx_few_rows.h": [
+        Guard("a scale of 0 hides the query", [EXTREME], "query_factor_ == 0.0f ? BFloat16(0.0f) : ", ""),
     ],
     "csrc/cpu/amx_gradients.h": [
         Guard("keys that are not finite", [NAN], "keys_finite_ &= pack", "pack"),
