@@ -84,7 +84,7 @@ fi
 
 # All at once, each on a share of the processors: few of them ever wait for the GPU.
 check_seconds=140
-pytest() { stage $check_seconds "$1" env OMP_NUM_THREADS=1 $PYTHON -m pytest -q -ra "${@:2}"; }
+pytest() { stage $check_seconds "$1" env OMP_NUM_THREADS=1 $PYTHON -m pytest -q -rfE "${@:2}"; }
 parallel() { if $PYTHON -c 'import xdist' 2>/dev/null; then echo "-n $1"; fi; }
 if wants test && [ -n "$dry" ]; then
   pytest "test on the GPU itself" tests/test_cuda.py &

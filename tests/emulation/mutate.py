@@ -1,15 +1,15 @@
 """Is every synchronisation of the CUDA kernels needed, and would the emulation notice if it were missing?
 
 Takes each call of syncthreads, syncwarp, cp_async_commit and cp_async_wait away in turn, lets each cp_async_wait wait
-for one group fewer, and runs a command that must then fail. All in a copy of the tree under build/emulation_mutants,
-with a build folder of its own.
+for one group fewer, and runs the tests that TESTS names for its file, of which one must then fail. All in a copy of the
+tree under build/emulation_mutants, with a build folder of its own.
 
     python tests/emulation/mutate.py [--files FILE ...] [--calls NAME,...] [--only WORDS,...] [--sample N] [--list]
                                      [-- COMMAND]
 
-Without --files: everything in csrc/cuda. --calls: further functions without a result whose calls are taken away.
-Without a command: the emulated kernels' tests. One line each: by what it was found, or SURVIVED; exit status 1 if any
-survived that EQUIVALENT does not list, or if one was found that it does list.
+Without --files: everything in csrc/cuda. --calls: further functions without a result whose calls are taken away. A
+COMMAND runs in the place of all tests. One line each: by what it was found, or SURVIVED; exit status 1 if any survived
+that EQUIVALENT does not list, or if one was found that it does list.
 """
 
 import argparse
@@ -26,7 +26,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "emulation_mutants"
 CALLS = ("syncthreads", "syncwarp", "cp_async_commit", "cp_async_wait")
-COMMAND = [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_emulated_kernels.py"]
+# The tests of a file's mutants, by the first name that fits: few and small, so that a mutant takes seconds.
+SHAPES = "tests/test_emulated_kernels.py::test_shapes_of_every_gpu"
+
+
+def shapes(dtype, options, dims=(64, 128, 256), gpus=(80,)):
+    return [f"{SHAPES}[{dtype}-{name}-{dim}-{gpu}]" for name in options for dim in dims for gpu in gpus]
+
+
+TILED = shapes("bfloat16", ("plain", "mask", "groups apart"))
+TESTS = {
+    "csrc/cuda/plan.cu": [f"tests/test_emulated_plan.py::test_plans_agree[{seed}]" for seed in (0, 20, 40)],
+    "csrc/cuda/generic": shapes("float32", ("plain", "mask", "groups apart"), dims=(64, 256)),
+    "csrc/cuda/sm80": TILED,
+}
+ALL_TESTS = ["tests/test_emulated_kernels.py", "tests/test_emulated_backward.py", "tests/test_emulated_plan.py"]
+
+
+def command_for(file):
+    tests = next((tests for name, tests in TESTS.items() if file.startswith(name)), ALL_TESTS)
+    return [sys.executable, "-m", "pytest", "-x", "-q", *tests]
 
 
 @dataclass(frozen=True)
@@ -159,7 +178,7 @@ def failure(command, timeout):
 
 
 def parse(arguments):
-    command = COMMAND
+    command = None
     if "--" in arguments:
         at = arguments.index("--")
         arguments, command = arguments[:at], arguments[at + 1 :]
@@ -196,17 +215,18 @@ def main():
         print(*mutants, sep="\n")
         return False
     make_copy()
-    start = time.monotonic()
-    if unmutated := failure(command, None):
-        raise SystemExit(f"the command fails without a mutation: {unmutated}")
-    timeout = 120 + 5 * (time.monotonic() - start)  # it compiled, too
-    wrong, found = [], 0
+    wrong, found, timeouts = [], 0, {}
     for mutant in mutants:
         path = COPY / mutant.file
-        text = path.read_text()
+        text, run = path.read_text(), command or command_for(mutant.file)
+        if tuple(run) not in timeouts:
+            start = time.monotonic()
+            if unmutated := failure(run, None):
+                raise SystemExit(f"the command fails without a mutation: {unmutated}")
+            timeouts[tuple(run)] = 120 + 5 * (time.monotonic() - start)  # it compiled, too
         try:
             path.write_text(mutant.text)
-            by = failure(command, timeout)
+            by = failure(run, timeouts[tuple(run)])
         finally:
             path.write_text(text)
         reason = mutant.reason()
