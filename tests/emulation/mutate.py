@@ -27,20 +27,36 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "emulation_mutants"
 CALLS = ("syncthreads", "syncwarp", "cp_async_commit", "cp_async_wait")
 # The tests of a file's mutants, by the first name that fits: few and small, so that a mutant takes seconds.
-SHAPES = "tests/test_emulated_kernels.py::test_shapes_of_every_gpu"
-
-
-def shapes(dtype, options, dims=(64, 128, 256), gpus=(80,)):
-    return [f"{SHAPES}[{dtype}-{name}-{dim}-{gpu}]" for name in options for dim in dims for gpu in gpus]
-
-
-TILED = shapes("bfloat16", ("plain", "mask", "groups apart"))
+SHAPES, FORWARD, BACKWARD = (
+    "tests/test_emulated_kernels.py::test_shapes_of_every_gpu",
+    "tests/test_emulated_forward.py::test_",
+    "tests/test_emulated_backward.py::test_every_shape",
+)
 TESTS = {
     "csrc/cuda/plan.cu": [f"tests/test_emulated_plan.py::test_plans_agree[{seed}]" for seed in (0, 20, 40)],
-    "csrc/cuda/generic": shapes("float32", ("plain", "mask", "groups apart"), dims=(64, 256)),
-    "csrc/cuda/sm80": TILED,
+    "csrc/cuda/generic/": [
+        f"{SHAPES}[float32-{name}-{dim}-80]" for name in ("plain", "mask", "groups apart") for dim in (64, 256)
+    ],
+    "csrc/cuda/sm80/backward": [
+        f"{BACKWARD}[{case}]"
+        for case in (
+            "causal-64-sm90x4",
+            "keys without rows-64-sm90x4",
+            "deterministic-64-sm90x4",
+            "groups apart-64-sm86x4",
+            "causal-128-sm90x100",
+        )
+    ],
+    "csrc/cuda/sm80/decode": [
+        *(f"{FORWARD}keys_shared_by_blocks[{name}-{dim}]" for name in ("plain", "mask") for dim in (64, 256)),
+        f"{FORWARD}few_rows_of_groups[64-lse]",
+    ],
+    "csrc/cuda/sm80/": [
+        *(f"{FORWARD}tiles[{name}-{dim}]" for name in ("causal", "mask") for dim in (64, 128, 256)),
+        *(f"{FORWARD}tiles_of_groups[lse-{softcap}-64]" for softcap in (0.0, 5.0)),
+    ],
 }
-ALL_TESTS = ["tests/test_emulated_kernels.py", "tests/test_emulated_backward.py", "tests/test_emulated_plan.py"]
+ALL_TESTS = [f"tests/test_emulated_{suite}.py" for suite in ("plan", "forward", "backward", "kernels")]
 
 
 def command_for(file):
