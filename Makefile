@@ -56,7 +56,7 @@ emulated: build  ## CUDA's kernels on an emulated GPU: the suites of the operato
 cuda-report:  ## registers, stack and spills of every CUDA kernel that the last build compiled
 	@$(PY) cuda_compiler.py --report build
 
-mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale"; cuda: kernels' barriers)
+mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale"; cuda: barriers)
 	$(PY) $(if $(filter cuda,$(MUTANTS)),tests/emulation/mutate.py $(filter-out cuda,$(MUTANTS)),tests/mutants.py $(MUTANTS))
 
 packaging: build  ## every way to build and install, with and without isolation and torch
