@@ -10,10 +10,10 @@ PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 # Folders too, so that a new or a deleted file is noticed.
-BUILD_INPUTS := setup.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
+BUILD_INPUTS := setup.py cuda_compiler.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench bench-cpp fuzz soak mutants packaging sanitize neon lint format build clean
+.PHONY: help demo test bench bench-cpp fuzz soak emulated cuda-report mutants packaging sanitize neon lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,11 +39,21 @@ FUZZ_CASES ?= 100000
 fuzz: build  ## random cases against fp64, ten times as many as in the tests
 	MMCA_EXT_FUZZ_CASES=$(FUZZ_CASES) $(PY) -m pytest -q -m fuzz
 
+# What holds on any device; the CPU's suites ask for more in places (weights of 32 bits, its instruction sets).
+EMULATED ?= tests/test_emulated_kernels.py tests/test_differential.py tests/test_autograd.py tests/test_gradcheck.py \
+  tests/test_bad_packing.py tests/test_packed_layers.py
+
 SOAK_STEPS ?= 30000
 SOAK_REPEATS ?= 2000
 soak: build  ## train for long: memory stays flat; run again and again: the same bits
 	MMCA_EXT_SOAK_STEPS=$(SOAK_STEPS) MMCA_EXT_SOAK_REPEATS=$(SOAK_REPEATS) \
 	  $(PY) -m pytest -q tests/test_soak.py tests/faults/test_determinism.py
+
+emulated: build  ## CUDA's kernels on an emulated GPU: the suites of the operators, whole (half an hour)
+	$(PY) -m pytest -q --device emulated $(EMULATED)
+
+cuda-report:  ## registers, stack and spills of every CUDA kernel that the last build compiled
+	@$(PY) cuda_compiler.py --report build
 
 mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale")
 	$(PY) tests/mutants.py $(MUTANTS)
@@ -88,7 +98,7 @@ build: $(VENV)/.built  ## compile and install into .venv, editable
 # same. Without isolation, so that it is compiled against the torch it will run with.
 $(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)
 	@echo 'building mmca_ext (minutes the first time, seconds after)'
-	$(PIP) install --no-build-isolation --editable '.[test]'
+	MMCA_EXT_STRICT=1 $(PIP) install --no-build-isolation --editable '.[test]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python

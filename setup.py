@@ -3,12 +3,14 @@
 What can be declared is declared in pyproject.toml. Here is what must be found out: the torch to build against, the CUDA
 compiler, and the facts that the binary carries about its own build.
 
-Environment: FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_THREADS, MAX_JOBS.
+Environment: FORCE_CUDA (1: CUDA or an error, 0: never), CUDA_HOME, TORCH_CUDA_ARCH_LIST, NVCC_THREADS, MAX_JOBS,
+PYTORCH_NVCC; MMCA_EXT_STRICT=1: a CUDA kernel that spills registers is an error (cuda_compiler.py).
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -31,8 +33,12 @@ GENERATED = "build_info.cpp"
 # No -m flags: the binary runs on any machine of its architecture, and a kernel file that needs more says so itself
 # (`#pragma GCC target`). -std=c++20 is what torch's headers ask for; csrc/CMakeLists.txt holds the kernels to C++17.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-fno-math-errno"]
-CUDA_ARCHS = "8.0;9.0a;10.0+PTX"  # 9.0a, not 9.0: wgmma and setmaxnreg exist only there
+# What ptxas warns of and how many registers it takes go to cuda_compiler.py, which fails where a kernel spills.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"]
+NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-fno-math-errno"]
+NVCC_FLAGS += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage"]
+# 9.0a, not 9.0: wgmma and setmaxnreg exist only there, but no later GPU runs it. nvcc knows 10.0 from 12.8 on.
+CUDA_ARCHS, CUDA_ARCHS_BEFORE_12_8 = "8.0;9.0a;10.0+PTX", "8.0;9.0a;9.0+PTX"
 
 # Linked without -fopenmp, so that the OpenMP symbols come from the one runtime torch has loaded, never from a second
 # one. -z now: a symbol that is nowhere fails the import, not the first call.
@@ -64,7 +70,7 @@ def find_cuda_toolkit():
     elif toolkit is None:
         missing = f"no nvcc in CUDA_HOME={home}" if home else "no nvcc found; set CUDA_HOME if there is one"
     else:
-        print(f"mmca_ext: CUDA kernels for {cuda_archs()} with {toolkit}", flush=True)
+        print(f"mmca_ext: CUDA kernels for {cuda_archs(toolkit)} with {toolkit}", flush=True)
         return toolkit
     if force == "1":
         raise SetupError(f"FORCE_CUDA=1, but {missing}")
@@ -72,13 +78,15 @@ def find_cuda_toolkit():
     return None
 
 
-def cuda_archs():
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
-
-
 def cuda_version(toolkit):
+    """(major, minor)"""
     number = int(re.search(r"#define CUDA_VERSION (\d+)", (toolkit / "include/cuda.h").read_text())[1])
-    return f"{number // 1000}.{number % 1000 // 10}"
+    return number // 1000, number % 1000 // 10
+
+
+def cuda_archs(toolkit):
+    ours = CUDA_ARCHS if cuda_version(toolkit) >= (12, 8) else CUDA_ARCHS_BEFORE_12_8
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ours
 
 
 def git_commit():
@@ -125,6 +133,17 @@ def write_if_changed(path, text):
         path.write_text(text)
 
 
+def is_stale(compiled):
+    """Whether a header that a CUDA object was made from has changed. torch's ninja rules see to it only if torch itself
+    has CUDA; else cuda_compiler.py leaves the list."""
+    rule = Path(f"{compiled}.d")
+    if not rule.exists():
+        return torch.version.cuda is None
+    made = compiled.stat().st_mtime
+    files = [Path(name) for name in rule.read_text().replace("\\\n", " ").split(" : ", 1)[1].split()]
+    return not all(file.exists() and file.stat().st_mtime <= made for file in files)
+
+
 class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
     def finalize_options(self):
         super().finalize_options()
@@ -155,8 +174,8 @@ class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
             "torch": str(torch.__version__),
             "python": sysconfig.get_python_version(),
             "flags": " ".join(CXX_FLAGS),
-            "cuda": toolkit and cuda_version(toolkit),
-            "cuda_archs": toolkit and cuda_archs(),
+            "cuda": toolkit and "{}.{}".format(*cuda_version(toolkit)),
+            "cuda_archs": toolkit and cuda_archs(toolkit),
             "commit": git_commit(),
         }
         generated = Path(self.build_temp) / GENERATED
@@ -167,13 +186,13 @@ class BuildExtension(cpp_extension.BuildExtension if torch else build_ext):
     def add_cuda(self, extension, toolkit):
         """Needs nothing of torch's CUDA build (the binding takes devices and streams from c10's generic interface), so
         that one binary serves CPU and CUDA builds of torch."""
-        if torch.version.cuda is None:  # then torch's ninja rules follow no headers of .cu files
-            newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.*h"))
-            for compiled in Path(self.build_temp, "csrc/cuda").rglob("*.o"):
-                if compiled.stat().st_mtime < newest:
-                    compiled.unlink()
+        for compiled in Path(self.build_temp, "csrc/cuda").rglob("*.o"):
+            if is_stale(compiled):
+                compiled.unlink()
+        nvcc = shlex.split(os.environ.get("PYTORCH_NVCC", str(toolkit / "bin/nvcc")))
+        os.environ["PYTORCH_NVCC"] = shlex.join([sys.executable, str(ROOT / "cuda_compiler.py"), *nvcc])
         cpp_extension.CUDA_HOME = str(toolkit)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(toolkit)
         extension.sources += sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
         extension.include_dirs.append(str(toolkit / "include"))
         extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]

@@ -24,6 +24,7 @@ HELD = {
 COMMANDS = {
     "run": "time every case of the table against its peers (the default command)",
     "scaling": "time against length, image share and number of keys",
+    "gpu": "time our CUDA kernels against torch's on a GPU",
     "plot": "draw the figures of a results file",
     "compare": "what differs between two results files",
     "readme": "put a results file into the README's table",
@@ -49,6 +50,13 @@ def parse(argv):
         timed.add_argument(
             "--json", type=Path, help="write the results here; what the other of run and scaling wrote there is kept"
         )
+    gpu = added["gpu"]
+    gpu.add_argument("--filter", default="", help="only cases whose name contains this")
+    gpu.add_argument("--seconds", type=float, default=0.4, help="per case and direction")
+    gpu.add_argument("--budget", type=float, help="seconds after which no further case is begun")
+    gpu.add_argument("--json", type=Path, help="write the results here, and a table beside it (.md)")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    gpu.add_argument("--shrink", type=int, default=1, help="divide lengths by this, for a dry run")
     added["plot"].add_argument("results", type=Path)
     added["plot"].add_argument("--format", default="svg", choices=("svg", "png"))
     added["plot"].add_argument("--out", type=Path, help="folder of the figures; default: beside the results")
@@ -81,6 +89,10 @@ def main(argv=None):
             from . import measure
 
             measure.run(options, argv)
+        elif options.command == "gpu":
+            from . import gpu
+
+            gpu.run(options, argv)
         elif options.command == "plot":
             from . import plots
 

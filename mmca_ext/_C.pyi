@@ -8,8 +8,8 @@ class Kernel(TypedDict):
     name: str
     op: Literal["attention_forward", "attention_backward", "linear_forward", "linear_backward"]
     dtype: str
-    device: str
-    isa: str
+    device: Literal["cpu", "cuda"]
+    isa: str  # the instruction set, or of CUDA kernels the family
     available: bool  # it can run on this machine
     selected: bool  # it serves its (op, dtype, device)
     reason: str  # why it is, or is not, the one that serves
@@ -21,22 +21,33 @@ def kernels() -> list[Kernel]: ...
 def forced_isa() -> str | None: ...
 def force_isa(isa: str | None) -> None: ...
 
-# The kernels themselves: no dispatcher, no autograd.
+# The kernels themselves: no dispatcher, no autograd. Arguments as in the operators' schemas.
 
 def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    gate: Tensor | None = None,
     key_mask: Tensor | None = None,
+    modality: Tensor | None = None,
+    image_id: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     rng_state: Tensor | None = None,
+    save_for_backward: bool = False,
+    image_rows: str = "self",
+    merge: str = "sum",
     scale: float | None = None,
+    softcap: float = 0.0,
     is_causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     dropout_p: float = 0.0,
-    save_for_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -46,46 +57,28 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     lse_low: Tensor,
+    group_out: Tensor,
     attn_mask: Tensor | None = None,
+    gate: Tensor | None = None,
     key_mask: Tensor | None = None,
+    modality: Tensor | None = None,
+    image_id: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     rng_state: Tensor | None = None,
+    attn_mask_gradient: bool = False,
+    image_rows: str = "self",
+    merge: str = "sum",
     scale: float | None = None,
+    softcap: float = 0.0,
     is_causal: bool = False,
     window_left: int = -1,
     window_right: int = -1,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]: ...
-def mmca_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    modality: Tensor,
-    image_id: Tensor | None = None,
-    rng_state: Tensor | None = None,
-    image_rows: str = "self",
-    merge: str = "sum",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    save_for_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def mmca_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-    group_out: Tensor,
-    modality: Tensor,
-    image_id: Tensor | None = None,
-    rng_state: Tensor | None = None,
-    image_rows: str = "self",
-    merge: str = "sum",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def linear_forward(
     query: Tensor,
     key: Tensor,

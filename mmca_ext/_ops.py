@@ -20,11 +20,13 @@ def _laid_out_like(like, features, groups=()):
     return like.new_empty(*groups, *shape, features)
 
 
-def _check_devices(query, **tensors):
+def _check_devices(query, rng_state=None, **tensors):
     """The dispatcher takes the fake path for one meta tensor among real ones; nothing may come of such a call."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"mmca_ext: {name} must be on query's device {query.device}, got {tensor.device}")
+    if rng_state is not None and rng_state.device.type != "cpu" and not query.is_meta:
+        raise ValueError(f"mmca_ext: rng_state must be on the CPU, got {rng_state.device}")
 
 
 @torch.library.register_fake("mmca_ext::attention")
@@ -47,6 +49,7 @@ def _(
 ):
     _check_devices(
         query,
+        rng_state,
         key=key,
         value=value,
         attn_mask=attn_mask,
@@ -56,7 +59,6 @@ def _(
         image_id=image_id,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        rng_state=rng_state,
     )
     groups = () if modality is None else (2,)
     rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
@@ -92,6 +94,7 @@ def _(
 ):
     _check_devices(
         query,
+        rng_state,
         grad_out=grad_out,
         grad_lse=grad_lse,
         key=key,
@@ -107,7 +110,6 @@ def _(
         image_id=image_id,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        rng_state=rng_state,
     )
     wanted = attn_mask is not None and attn_mask_gradient and attn_mask.is_floating_point()
     return (
@@ -143,6 +145,7 @@ def _attention_double_backward(
     max_seqlen_q,
     max_seqlen_k,
     dropout_p,
+    deterministic,
 ):
     """The gradients of attention_backward's results, through the reference: exact and materialised."""
     create_graph = torch.is_grad_enabled()

@@ -80,11 +80,14 @@ def attention(
         window: (left, right), inclusive: row i at p = i + (Lk - Lq) sees p - left <= j <= p + right; None or -1 is
             unbounded. All of attn_mask, key_mask, is_causal and window apply together.
         softcap: s = softcap * tanh(s / softcap), before a bias (Gemma 2, arXiv 2408.00118); None or 0: none.
-        generator: torch.Generator the dropout seed is drawn from; by default that of query's device.
+        generator: torch.Generator the dropout seed is drawn from; by default the CPU's, whatever query's device. One of
+            a GPU is waited for.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 (N + 1,), offsets of N packed sequences: from 0, not decreasing, at
             most Tq, Tk. Rows past the last offset are 0. They take no attn_mask or key_mask.
         max_seqlen_q, max_seqlen_k: upper bounds on the lengths, checked; not needed.
-        deterministic: accepted; every kernel gives the same bits every time.
+        deterministic: the same bits every time, also where that is slower, as `torch.use_deterministic_algorithms`
+            asks for everywhere. On the CPU it changes nothing; on CUDA sums of gradients over blocks, and over what a
+            bias was broadcast to, depend on the order of blocks otherwise.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
@@ -99,7 +102,7 @@ def attention(
     names = "query", "key", "value", "attn_mask", "key_mask", "cu_seqlens_q", "cu_seqlens_k"
     _require_tensors("attention", names, 3, query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k)
     left, right = (-1, -1) if window is None else parse_window(window)
-    rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
+    rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator)
     out, lse, _, _ = _attention(
         query,
         key,
@@ -123,6 +126,7 @@ def attention(
         max_seqlen_q,
         max_seqlen_k,
         dropout_p,
+        deterministic,
     )
     return (out, lse) if return_lse else out
 
@@ -193,7 +197,7 @@ def mmca_attention(
         raise ValueError(f"image_rows must be one of {IMAGE_ROWS}, got {image_rows!r}")
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
-    rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator, query.device)
+    rng_state = None if dropout_p == 0.0 else _draw_rng_state(generator)
     out, lse, _, _ = _attention(
         query,
         key,
@@ -217,6 +221,7 @@ def mmca_attention(
         max_seqlen,
         max_seqlen,
         dropout_p,
+        deterministic,
     )
     return (out, lse) if return_lse or merge == "none" else out
 

@@ -7,7 +7,12 @@ import torch
 from mmca_ext.reference.philox import dropout_threshold
 
 
-def bounds(case, exact):
+def weight_rounding(case):
+    """The relative error of a weight that tensor cores take: rounded to nearest in 16 bits on CUDA, not on the CPU."""
+    return torch.finfo(case.dtype).eps / 2 if case.device != "cpu" and case.dtype.itemsize == 2 else 0.0
+
+
+def bounds(case, exact, w16=0.0):
     """Bounds on the errors of out, lse, dq, dk, dv, of the bias' gradient db and the gate's dg: a dict of tensors.
 
     First-order rounding analysis of the textbook algorithm, with e the machine epsilon of the result, u that of the
@@ -26,6 +31,9 @@ def bounds(case, exact):
         dk   : e |dk| + dS sqrt(n) |scale| max|q|
         db   : e |db| + dS sqrt(n)                                    n pairs share an element
         dg   : e |dg| + sqrt(n) (2 a max|v| |dO|_1 + u |dO|_1 max|v|) dg = rowsum(dO O_r); n rows share an element
+
+    w16, if given, is weight_rounding: the weights that multiply v, dO and make O_r are off by as much, but not those
+    that are summed for lse. So out has w16 max|v| more, dv has w16 where it has a, dg has w16 where it has 2 a.
 
     e16 is e where D = rowsum(dO out) reads an out of 16 bits, else 0. Dropout multiplies weights by z = 1 / (1 - p),
     hence v and dO in the products, and so does a gate w; separate softmaxes that are added (merge "sum") add their
@@ -90,17 +98,17 @@ def bounds(case, exact):
     score_gradient = (a + e16) * arrives
 
     bound = {
-        "out": 2 * z * gate * a * value_size,
+        "out": z * gate * (2 * a + groups * w16) * value_size,
         "lse": a if groups == 1 else torch.stack((a, a)),
         "dq": score_gradient * scale * of_row(largest(key.abs().flatten(2))),
         "dk": rows * scale * of_key(score_gradient * query.abs().amax(-1)),
-        "dv": rows * of_key(z * gate * a * grad_out.abs().amax(-1)),
+        "dv": rows * of_key(z * gate * (a + groups * w16) * grad_out.abs().amax(-1)),
     }
     pairs = case.batch * case.heads * case.q_len * case.k_len
     if "db" in exact:
         bound["db"] = root(pairs / max(1, exact["db"].numel())) * largest(score_gradient.flatten())
     if "dg" in exact:
-        output_error = z * (2 * a + u) * value_size * grad_out.abs().sum(-1)
+        output_error = z * (2 * a + u + w16) * value_size * grad_out.abs().sum(-1)
         bound["dg"] = root(2 * a.numel() / max(1, exact["dg"].numel())) * largest(output_error.flatten())
     for name in ("out", "dq"):
         bound[name] = bound[name].masked_fill(~row_seen, 0.0)[..., None]

@@ -4,17 +4,19 @@ Case(seed) draws everything from its seed: operator, dtype, instruction set, sha
 biases, dropout, modalities, gates, which gradients are asked for. check(case) raises AssertionError with the command
 that repeats the failure:
 
-    python tests/cases.py SEED [ISA]
+    python tests/cases.py SEED [ISA] [--device DEVICE]
 
 What must hold is the promise of the documentation: every result is inside an a-priori bound (bounds.py), element by
 element, or its RMS error is at most twice that of the standard (materialised) implementation at the same precision.
 """
 
+import argparse
 import math
 import random
 import sys
 from dataclasses import dataclass, field
 
+import devices
 import torch
 from bounds import bounds
 
@@ -22,7 +24,10 @@ from mmca_ext import _C, functional, reference
 from mmca_ext.reference.mmca import IMAGE_ROWS, MERGES, visible_groups
 from mmca_ext.reference.weights import positions, visible_by_order
 
-ISAS = sorted({kernel["isa"] for kernel in _C.kernels() if kernel["available"]})
+# The CPU's instruction sets; on other devices the cases take no turns.
+ISAS = sorted({kernel["isa"] for kernel in _C.kernels() if kernel["available"] and kernel["device"] == "cpu"})
+if devices.current != "cpu":
+    ISAS = ["scalar"]
 LAYOUTS = ("contiguous", "rows", "sliced", "expanded", "offset", "features", "fused", "permuted")
 TILE_EDGES = [edge + shift for edge in (96, 192, 256, 384) for shift in (-1, 0, 1)]
 PRIMES = [11, 13, 17, 19, 23, 29, 31, 37, 43, 53, 61, 67]
@@ -40,6 +45,7 @@ class Case:
 
     seed: int
     isa: str | None = None
+    device: str = field(default_factory=lambda: devices.current)
     kwargs: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -90,6 +96,7 @@ class Case:
         self.head_dim = choose(HEAD_DIMS) if rand.random() < 0.25 else rand.randrange(1, 17)
         self.value_dim = self.head_dim if rand.random() < 0.7 else choose([*range(1, 17), *HEAD_DIMS])
         limit = choose((1e6,) * 14 + (3e6,) * 5 + (2e7,))
+        limit *= devices.SIZES[self.device]
         while self._cost() > limit and (self.batch > 1 or self.kv_heads > 1 or self.share > 1):
             name = max(("batch", "kv_heads", "share"), key=lambda n: getattr(self, n))
             setattr(self, name, getattr(self, name) - 1)
@@ -364,9 +371,22 @@ class Case:
         return tensor.transpose(-3, -2).unsqueeze(-4) if self.packed else tensor
 
     def _hidden_keys(self):
-        """Boolean (B, Hkv, Lk): keys that no row of any of their query heads sees."""
+        """Boolean (B, Hkv, Lk): keys that no row of any of their query heads sees. CUDA promises only for those that no
+        list of keys has: padding, and what belongs to no sequence."""
+        if self.device != "cpu":
+            return self._unlisted_keys()[:, None].expand(self.batch, self.kv_heads, self.k_len)
         seen = self.visible().any(0).any(-2)
         return ~seen.view(self.batch, self.kv_heads, self.share, self.k_len).any(2)
+
+    def _unlisted_keys(self):
+        if "modality" in self.kwargs:
+            hidden = (self.kwargs["modality"] == 0).view(self.batch, self.k_len)
+        else:
+            hidden = ~self.kwargs.get("key_mask", torch.ones(self.batch, self.k_len, dtype=torch.bool))
+        if self.packed:
+            ends = [k_end for _, (_, k_end) in self.sequences()]
+            hidden = hidden | (torch.arange(self.k_len) >= max(ends, default=0))
+        return hidden
 
     def __str__(self):
         options = {
@@ -381,14 +401,15 @@ class Case:
         )
 
     def repeat(self):
-        return f"python tests/cases.py {self.seed} {self.isa}"
+        device = "" if self.device == "cpu" else f" --device {self.device}"
+        return f"python tests/cases.py {self.seed} {self.isa}{device}"
 
 
 def given(op, query, key, value, grad_out, grad_lse=None, isa=None, threads=1, **kwargs):
     """A case of these very tensors, nothing drawn; with grad_lse also lse is returned and has that gradient. A bias or
     a gate gets a gradient if it requires one."""
     case = object.__new__(Case)
-    case.seed, case.op, case.isa, case.threads = 0, op, isa, threads
+    case.seed, case.op, case.isa, case.threads, case.device = 0, op, isa, threads, devices.current
     case.wanted = (
         "query",
         "key",
@@ -440,13 +461,25 @@ def run_reference(case, dtype):
     return run(case, getattr(reference, case.op), lambda t: t.to(dtype).contiguous())
 
 
+def run_standard(case):
+    """The standard implementation at the case's precision. On the CPU the kernels' weights are float32, and it is held
+    to that; CUDA's tensor cores take weights of 16 bits, as the usual code does (accuracy.py)."""
+    if case.device == "cpu":
+        return run_reference(case, case.dtype)
+    from accuracy import standard_implementation
+
+    with standard_implementation():
+        return run_reference(case, case.dtype)
+
+
 def run_kernels(case):
-    """The operators under the case's instruction set and number of threads."""
+    """The operators on the case's device, under its instruction set and number of threads."""
     threads, isa = torch.get_num_threads(), _C.forced_isa()
     _C.force_isa(case.isa)
     torch.set_num_threads(case.threads)
     try:
-        return run(case, getattr(functional, case.op), lambda t: t)
+        with devices.on(case.device):
+            return run(case, getattr(functional, case.op), lambda t: t)
     finally:
         _C.force_isa(isa)
         torch.set_num_threads(threads)
@@ -504,7 +537,7 @@ def ratios(case):
     found = {name: excess(actual[name], exact[name], bound[name]) for name in exact}
     outside = [name for name, (ratio, _) in found.items() if ratio > 1.0]
     if outside and case.dtype != torch.float64:
-        standard = run_reference(case, case.dtype)
+        standard = run_standard(case)
         for name in outside:
             ours, theirs = rms_error(actual[name], exact[name]), rms_error(standard[name], exact[name])
             if 0.0 < ours <= 2 * theirs < math.inf:
@@ -530,7 +563,12 @@ def check(case):
 
 
 def main(arguments):
-    case = Case(int(arguments[0]), *arguments[1:2])
+    parser = argparse.ArgumentParser(description="Repeats one case.")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("isa", nargs="?", choices=ISAS)
+    parser.add_argument("--device", choices=devices.DEVICES, default="cpu")
+    options = parser.parse_args(arguments)
+    case = Case(options.seed, options.isa, options.device)
     print(case)
     for name, (ratio, place) in ratios(case).items():
         print(f"{name}: error / bound = {ratio:.3g} at {place}")

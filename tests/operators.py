@@ -20,6 +20,7 @@ DEFAULTS = {
     "window_left": -1,
     "window_right": -1,
     "dropout_p": 0.0,
+    "deterministic": False,
 }
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate")
 IMAGE_ROWS, MERGES = ("self", "block", "causal", "self+text"), ("sum", "lse", "gate", "none")

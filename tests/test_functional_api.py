@@ -4,6 +4,7 @@ import ast
 import inspect
 from itertools import pairwise
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,7 +262,14 @@ def test_autocast_is_served(inputs, dtype):
         ]
     expected = inputs if inputs == torch.float64 else dtype
     assert {out.dtype for outs in found for out in outs} == {expected}
-    torch.testing.assert_close(*found)
+    # Tensor cores round weights to 16 bits: half an epsilon of values' size for each softmax, of which the sum has two.
+    rounded = dtype if devices.current != "cpu" and expected.itemsize == 2 else None
+    for softmaxes, ours, theirs in zip((1, 2), *found, strict=True):
+        if rounded is None:
+            torch.testing.assert_close(ours, theirs)
+        else:
+            rounding = softmaxes * torch.finfo(rounded).eps / 2 * VALUE.abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=torch.finfo(rounded).eps, atol=rounding)
 
 
 # ---------------------------------------------------------------- options that do not exist

@@ -6,12 +6,11 @@ of the first.
 
 import pytest
 import torch
+from cases import ISAS
 from operators import DIFFERENTIABLE, MMCA, PROBLEMS, finite, forward, leaves, problem, qkv
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 
 from mmca_ext import _C, functional, reference
-
-ISAS = sorted({kernel["isa"] for kernel in _C.kernels() if kernel["available"]})
 
 
 @pytest.fixture(autouse=True, scope="module")

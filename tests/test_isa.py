@@ -13,11 +13,19 @@ import torch
 from mmca_ext import _C, functional
 
 ROOT = Path(__file__).parent.parent
-KERNELS = _C.kernels()
+
+
+def kernels():
+    return [kernel for kernel in _C.kernels() if kernel["device"] == "cpu"]
+
+
+KERNELS = kernels()
 ISAS = sorted({kernel["isa"] for kernel in KERNELS if kernel["available"]})
 MISSING = sorted({kernel["isa"] for kernel in KERNELS} - set(ISAS))
 OPERATIONS = ("attention_forward", "attention_backward", "linear_forward", "linear_backward")
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+NAMES = {kernel["name"] for kernel in KERNELS}
+EXTENDS = {"amx": "avx512"}  # what serves the dtypes an instruction set has no kernels for
 
 
 @pytest.fixture
@@ -28,16 +36,23 @@ def force():
 
 
 def launches():
-    return {kernel["name"]: kernel["launches"] for kernel in _C.kernels()}
+    return {kernel["name"]: kernel["launches"] for kernel in kernels()}
+
+
+def serving(isa, operation, dtype):
+    """The name of the kernel that runs where `isa` is forced."""
+    name = f"cpu.{isa}.{operation}.{dtype}"
+    return name if name in NAMES else serving(EXTENDS[isa], operation, dtype)
 
 
 def test_the_portable_kernels_are_always_there():
     assert "scalar" in ISAS
-    assert {k["name"] for k in KERNELS} == {
+    assert NAMES == {
         f"cpu.{isa}.{operation}.{dtype}"
         for isa in {k["isa"] for k in KERNELS}
         for operation in OPERATIONS
         for dtype in DTYPES
+        if isa != "amx" or (dtype == "bf16" and operation.startswith("attention"))
     }
     for operation in OPERATIONS:
         for dtype in DTYPES:
@@ -72,20 +87,20 @@ def test_the_forced_kernel_and_no_other_runs(force, isa, dtype, call):
     out.sum().backward()
     after = launches()
     kind = "linear" if call == "linear" else "attention"
-    forward, backward = (f"cpu.{isa}.{kind}_{way}.{dtype}" for way in ("forward", "backward"))
+    forward, backward = (serving(isa, f"{kind}_{way}", dtype) for way in ("forward", "backward"))
     assert {name: middle[name] - before[name] for name in before} == {name: int(name == forward) for name in before}
     assert {name: after[name] - middle[name] for name in before} == {name: int(name == backward) for name in before}
 
 
 def test_refusals_are_explained(force):
     force("scalar")
-    for kernel in _C.kernels():
+    for kernel in kernels():
         if kernel["isa"] == "scalar":
             assert kernel["available"] and kernel["selected"]
         else:
             assert not kernel["selected"] and ("scalar is forced" in kernel["reason"] or "lacks" in kernel["reason"])
     force(None)
-    for kernel in _C.kernels():
+    for kernel in kernels():
         if not kernel["available"]:
             assert re.search(r"this processor lacks \w+", kernel["reason"])
         elif kernel["selected"]:
@@ -99,12 +114,12 @@ def test_refusals_are_explained(force):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_keys_have_the_kernel_that_says_so(force, dtype):
     force(None)
-    kernels = [k for k in _C.kernels() if (k["op"], k["dtype"]) == ("attention_forward", dtype) and k["available"]]
-    best = next(k for k in kernels if k["selected"])
+    served = [k for k in kernels() if (k["op"], k["dtype"]) == ("attention_forward", dtype) and k["available"]]
+    best = next(k for k in served if k["selected"])
     limit = re.search(r"from (\d+) keys", best["reason"])
     if not limit:
         pytest.skip("one kernel serves every number of keys here")
-    (other,) = [k for k in kernels if k["reason"] == f"serves fewer than {limit[1]} keys"]
+    (other,) = [k for k in served if k["reason"] == f"serves fewer than {limit[1]} keys"]
     for keys, kernel in ((int(limit[1]) - 1, other), (int(limit[1]), best)):
         before = launches()
         functional.attention(*[torch.ones(1, 1, keys, 4, dtype=DTYPES[dtype]) for _ in range(3)])
@@ -146,7 +161,7 @@ def test_environment(isa):
     forced, names = done.stdout.split(" ", 1)
     best = next(k["isa"] for k in KERNELS if k["op"] == "attention_forward" and k["dtype"] == "f32" and k["available"])
     assert forced == (isa or "None")
-    assert names.strip() == f"['cpu.{isa or best}.attention_forward.f32']"
+    assert names.strip() == f"['{serving(isa or best, 'attention_forward', 'f32')}']"
 
 
 def test_environment_with_an_unknown_name():
@@ -166,7 +181,7 @@ def test_environment_with_a_missing_instruction_set():
 
 BUILT = {kernel["isa"] for kernel in KERNELS}  # the files of another processor's instruction sets compile to nothing
 OBJECTS = sorted(p for p in ROOT.glob("build/objects-*/csrc/cpu/isa_*.o") if p.stem.removeprefix("isa_") in BUILT)
-WIDE = {"isa_avx2": r"%[yz]mm\d", "isa_avx512": r"%[yz]mm\d|\{%k\d\}"}
+WIDE = {"isa_avx2": r"%[yz]mm\d", "isa_avx512": r"%[yz]mm\d|\{%k\d\}", "isa_amx": r"%[tyz]mm\d|\{%k\d\}"}
 
 
 @pytest.mark.skipif(not OBJECTS, reason="no objects under build/: the extension was not built in this folder")

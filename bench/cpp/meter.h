@@ -44,7 +44,8 @@ inline Meter meter_of(Isa isa) {
   Meter meter;
 #if defined(__x86_64__)
   if (isa == Isa::avx2) cpu::meter_avx2::get_meter(meter);
-  if (isa == Isa::avx512) cpu::meter_avx512::get_meter(meter);
+  // Tiles share the processor with AVX-512, and are measured by its multiply-adds.
+  if (isa == Isa::avx512 || isa == Isa::amx) cpu::meter_avx512::get_meter(meter);
 #endif
 #if defined(__aarch64__)
   if (isa == Isa::neon) cpu::meter_neon::get_meter(meter);

@@ -152,7 +152,7 @@ TEST(BenchFlops, TheBackwardCountsTwoAndAHalfTimes) {
 TEST(BenchMeter, EveryInstructionSetSumsAndMultiplies) {
   std::vector<float> data(1003);
   for (std::size_t i = 0; i < data.size(); ++i) data[i] = static_cast<float>(i);
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon}) {
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon}) {
     if (!missing_features(isa, cpu_features()).empty() || !parse_isa(to_string(isa))) continue;
     const Meter meter = meter_of(isa);
     for (const std::int64_t count : {0, 1, 127, 128, 1003})

@@ -9,7 +9,7 @@
 namespace mmca {
 namespace {
 
-constexpr Isa isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon};
+constexpr Isa isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon};
 
 std::atomic<std::uint64_t>* launch_counts() {
   static const auto counts = std::make_unique<std::atomic<std::uint64_t>[]>(kernel_table().size());
@@ -20,6 +20,13 @@ std::string join(const std::vector<const char*>& names) {
   std::string text;
   for (const char* name : names) text += (text.empty() ? "" : ", ") + std::string(name);
   return text;
+}
+
+// The instruction set that serves where `isa` is forced: itself or, where it has no kernel, the one it extends.
+Isa serving(Isa isa, Operation operation, DType dtype) {
+  for (const Kernel& kernel : kernel_table())
+    if (kernel.isa == isa && kernel.operation == operation && kernel.dtype == dtype) return isa;
+  return isa == Isa::amx ? Isa::avx512 : isa;
 }
 
 // -1: any; otherwise the forced instruction set. -2: the environment has not been read yet.
@@ -37,21 +44,6 @@ Isa check_isa(const std::string& name, const std::string& source) {
 
 }  // namespace
 
-const char* to_string(Operation operation) {
-  static const char* const names[] = {"attention_forward", "attention_backward", "linear_forward", "linear_backward"};
-  return names[static_cast<int>(operation)];
-}
-
-const char* to_string(DType dtype) {
-  static const char* const names[] = {"f32", "f64", "bf16", "f16"};
-  return names[static_cast<int>(dtype)];
-}
-
-const char* to_string(Isa isa) {
-  static const char* const names[] = {"scalar", "avx2", "avx512", "neon"};
-  return names[static_cast<int>(isa)];
-}
-
 const std::vector<Kernel>& kernel_table() {
 #define MMCA_TABLE_ROW(operation, dtype, isa, fewest_keys)                                           \
   {"cpu." #isa "." #operation "." #dtype, Operation::operation, DType::dtype, Isa::isa, fewest_keys, \
@@ -64,6 +56,7 @@ const std::vector<Kernel>& kernel_table() {
 // One AVX2 register of keys would leave most of a tile of AVX-512 empty. Measured: where small heads (cpu/small.h) gain
 // a tenth or more from the wider registers, tiles of few keys lose a twentieth.
 #define MMCA_AVX512_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, avx512, 32 / sizeof(T) + 1)
+#define MMCA_AMX_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, amx, 32 / sizeof(T) + 1)
 #define MMCA_NEON_ROW(operation, dtype, T) MMCA_TABLE_ROW(operation, dtype, neon, 0)
 #define MMCA_LINEAR_SCALAR_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, scalar)
 #define MMCA_LINEAR_AVX2_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, avx2)
@@ -71,8 +64,8 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_LINEAR_NEON_ROW(operation, dtype, T) MMCA_LINEAR_ROW(operation, dtype, neon)
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__)
-      MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX512_ROW) MMCA_CPU_KERNELS(MMCA_AVX2_ROW)
-          MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX2_ROW)
+      MMCA_AMX_KERNELS(MMCA_AMX_ROW) MMCA_CPU_KERNELS(MMCA_AVX512_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX512_ROW)
+          MMCA_CPU_KERNELS(MMCA_AVX2_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_AVX2_ROW)
 #endif
 #if defined(__aarch64__)
               MMCA_CPU_KERNELS(MMCA_NEON_ROW) MMCA_CPU_LINEAR_KERNELS(MMCA_LINEAR_NEON_ROW)
@@ -101,7 +94,8 @@ std::string refusal(const Kernel& kernel, const std::vector<CpuFeature>& feature
                     std::int64_t k_len) {
   const auto missing = missing_features(kernel.isa, features);
   if (!missing.empty()) return "this processor lacks " + join(missing);
-  if (forced && *forced != kernel.isa) return std::string(to_string(*forced)) + " is forced";
+  if (forced && serving(*forced, kernel.operation, kernel.dtype) != kernel.isa)
+    return std::string(to_string(*forced)) + " is forced";
   if (!forced && k_len < kernel.fewest_keys) return "fewer than " + std::to_string(kernel.fewest_keys) + " keys";
   return "";
 }

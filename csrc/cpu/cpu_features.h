@@ -6,7 +6,7 @@
 
 namespace mmca {
 
-enum class Isa : std::uint8_t { scalar, avx2, avx512, neon };
+enum class Isa : std::uint8_t { scalar, avx2, avx512, amx, neon };
 
 struct CpuFeature {
   const char* name;

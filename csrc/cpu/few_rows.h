@@ -124,3 +124,117 @@ void direct_weigh(int rows, int depth, const T* weights, const T* const* values,
   advance(std::integral_constant<int, 2>{});
   advance(std::integral_constant<int, 1>{});
 }
+
+// The products (cpu/products.h) of an item of few rows. Layout: Q as pack_quads makes it, S and P [row][key].
+template <class T>
+class DirectProducts {
+ public:
+  static constexpr int strip_rows = tile_rows<T>, row_block = round_up(few_rows, strip_rows), key_block = 256;
+  static constexpr int stride = key_block + 16;
+  struct Session {};
+
+  DirectProducts(const RowList& rows, std::int64_t begin, int count, T query_factor, Arena& arena)
+      : from_(rows, width), begin_(begin), count_(count), query_factor_(query_factor) {
+    query_ = arena.take<T>(static_cast<std::size_t>(round_up(few_rows, quad_rows<T>)) * from_.padded_head_dim);
+    keys_ = arena.take<T>(static_cast<std::size_t>(width) * from_.padded_head_dim);
+    values_ = arena.take<T>(static_cast<std::size_t>(width) * from_.padded_value_dim);
+    scores_ = arena.take<T>(static_cast<std::size_t>(row_block) * stride);
+    before_ = arena.take<T>(static_cast<std::size_t>(few_rows) * from_.padded_value_dim);
+    buffer_ = arena.take<T>(from_.padded_head_dim);
+  }
+
+  void pack_queries() {
+    for (int r = 0; r < count_; ++r) {
+      const Row row = from_.rows.at(begin_ + r);
+      pack_quads<T>(from_.query(row).row(row.row, buffer_), r, from_.padded_head_dim, query_factor_, query_);
+    }
+  }
+  void pack_keys(const KeyList& list, std::int32_t first, int keys) {
+    list_ = &list, first_ = first, keys_in_block_ = keys, panel_ = -1;
+  }
+
+  T* scores(int row) { return scores_ + row * stride; }
+
+  void score(int first, int rows, int c, T* out, T* row_max) {
+    if (panel_ != c) find_rows(from_.key(), c, keys_), panel_ = c;
+    direct_score_tile<T, stride>(rows, from_.padded_head_dim, query_ + first * from_.padded_head_dim, found_, out);
+    if (row_max) track_maxima<T>(rows, out, stride, row_max);
+  }
+
+  MMCA_INLINE typename Simd<T>::Reg exponentiate(int row, int from, int count, const ExponentScale<T>& scale, T maximum,
+                                                 bool) {
+    return exp2_row<T>(scores(row) + from, count, scale, maximum);
+  }
+  void keep(int, int, int) {}
+  T weight(int row, int c) const { return scores_[row * stride + c]; }
+
+  // Nobody has looked at the values yet: only when a sum is not finite are they copied without their NaNs and
+  // infinities, and the sums taken again.
+  void weigh(T* out, int rows, const std::uint64_t* live, const T* factor) {
+    const int elements = rows * from_.padded_value_dim;
+    std::copy_n(out, elements, before_);
+    weigh_live(out, rows, live, factor, false);
+    values_finite_ = all_finite(out, elements);
+    if (values_finite_) return;
+    std::copy_n(before_, elements, out);
+    weigh_live(out, rows, live, factor, true);
+  }
+
+  bool values_finite() const { return values_finite_; }
+
+ private:
+  using S = Simd<T>;
+  static constexpr int width = lanes<T>;
+
+  // Points at a panel of keys or values where they lie, or at copies in `copies` if they lie unfit; lanes past the end
+  // repeat the last one. A panel at a time: the copies are read back from the nearest cache.
+  void find_rows(const RowReader<T>& reader, int c, T* copies) {
+    const int count = std::min(width, keys_in_block_ - c);
+    if (list_->identity()) reader.rows(first_ + c, count, copies, found_);
+    else
+      for (int i = 0; i < count; ++i)
+        found_[i] = reader.row(list_->position(first_ + c + i), copies + i * reader.padded);
+    std::fill(found_ + count, found_ + width, found_[count - 1]);
+  }
+
+  void weigh_live(T* out, int rows, const std::uint64_t* live, const T* factor, bool clean) {
+    const RowReader<T> value = from_.value();
+    T ones[few_rows];
+    std::fill_n(ones, few_rows, T(1));
+    std::uint64_t rescaled = 0;  // bit s: of strip s
+    for (int c = 0; c < keys_in_block_; c += width) {
+      const int count = std::min(width, keys_in_block_ - c);
+      bool found = false;
+      for (int r = 0, s = 0; r < rows; r += strip_rows, ++s) {
+        if (!(live[s] >> (c / width) & 1)) continue;
+        if (!found) find_rows(value, c, values_);
+        if (!found && clean) copy_without_non_finite(count);
+        found = true;
+        direct_weigh<T, stride>(std::min(strip_rows, rows - r), count, scores(r) + c, found_, value.padded,
+                                out + r * value.padded, rescaled >> s & 1 ? ones : factor + r);
+        rescaled |= std::uint64_t{1} << s;
+      }
+    }
+  }
+
+  void copy_without_non_finite(int count) {
+    const int padded = from_.padded_value_dim;
+    for (int i = 0; i < count; ++i) {
+      T* copy = values_ + i * padded;
+      if (found_[i] != copy) std::copy_n(found_[i], padded, copy);
+      zero_non_finite(copy, padded);
+      found_[i] = copy;
+    }
+  }
+
+  const Operands<T> from_;
+  const std::int64_t begin_;
+  const int count_;
+  const T query_factor_;
+  const KeyList* list_ = nullptr;
+  std::int32_t first_ = 0;
+  int keys_in_block_ = 0, panel_ = -1;
+  bool values_finite_ = true;
+  T *query_, *keys_, *values_, *scores_, *before_, *buffer_;
+  const T* found_[width];  // a panel of keys or values
+};

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "core/exp2_constants.h"
 #include "core/half.h"
 #include "core/linear_problem.h"
 #include "core/philox.h"
@@ -39,6 +40,11 @@
   X(attention_backward, f64, double) \
   X(attention_backward, bf16, float) \
   X(attention_backward, f16, float)
+
+// AMX multiplies matrices of bf16 alone; its other types are those of AVX-512, which every such processor has.
+#define MMCA_AMX_KERNELS(X)         \
+  X(attention_forward, bf16, float) \
+  X(attention_backward, bf16, float)
 
 #define MMCA_CPU_LINEAR_KERNELS(X) \
   X(linear_forward, f32, float)    \
@@ -68,6 +74,9 @@ MMCA_DECLARE_KERNELS
 }
 namespace avx512 {
 MMCA_DECLARE_KERNELS
+}
+namespace amx {
+MMCA_AMX_KERNELS(MMCA_DECLARE_KERNEL)
 }
 #endif
 #if defined(__aarch64__)

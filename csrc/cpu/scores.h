@@ -56,7 +56,7 @@ MMCA_INLINE T softcapped(T t, T softcap, T* slope) {
 }
 
 // The scores of one tile at a time: entries begin..begin+count-1, keys key..key+width-1 of a list.
-template <class T, int width>
+template <class T, int tile_height, int width>
 class ScoreShape {
  public:
   ScoreShape(const RowList& rows, const KeyList& keys)
@@ -125,6 +125,6 @@ class ScoreShape {
   const RowList& rows_;
   const KeyList& keys_;
   const T scale_, softcap_;
-  const T* bias_[tile_rows<T>];
-  alignas(64) T buffer_[tile_rows<T> * width];
+  const T* bias_[tile_height];
+  alignas(64) T buffer_[tile_height * width];
 };

@@ -54,7 +54,7 @@ struct RowFacts;
 template <class T>
 RowFacts<T>* backward_rows(const Launch& launch);
 
-// Any GPU, fp32 (T = float) and fp64 (T = double).
+// Any GPU from 8.0 on, fp32 (T = float) and fp64 (T = double).
 namespace generic {
 template <class T>
 void attention_forward(const Launch& launch);

@@ -1,6 +1,6 @@
-// Makes the lists and ranges of plan.h, one block a sequence. A thread owns a run of neighbouring keys: it counts them,
-// a scan over the threads tells it how many lie before, and it counts again to write. O(length / threads) steps and one
-// scan, whatever the content of modality, key_mask and cu_seqlens.
+// Makes the lists and ranges of plan.h, one block a sequence. A warp owns a run of neighbouring keys, 32 at a time, and
+// goes over it twice: it counts them, hears from the others how many lie before, and writes. Time grows with the
+// sequence, whatever the content of modality, key_mask and cu_seqlens.
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -22,25 +22,38 @@ struct PlanArrays {
   int2* runs;   // [key token]: the image it belongs to, as entries of list 1; null: not asked for
 };
 
-// The exclusive scan over the block's threads of a pair of numbers, and the whole; `minimum`: the smallest instead of
-// the sum, from the last thread back. `scratch`: plan_threads pairs.
+constexpr int plan_warps = plan_threads / 32;
+constexpr std::size_t scan_bytes = plan_warps * sizeof(int2);
+
+PRIM int lane() { return static_cast<int>(threadIdx.x) % 32; }
+PRIM int warp() { return static_cast<int>(threadIdx.x) / 32; }
+PRIM std::uint32_t lanes_below(int n) { return (1u << n) - 1u; }  // n < 32
+
+// What the warps before this one have, or those behind it, and what all have. `own` is the same in all lanes.
 template <class Combine>
-PRIM int2 scan_before(int2 own, int2 neutral, bool from_behind, smem_t scratch, int2& all, Combine combine) {
-  const int thread = from_behind ? plan_threads - 1 - static_cast<int>(threadIdx.x) : static_cast<int>(threadIdx.x);
-  const auto at = [&](int i) { return scratch + static_cast<smem_t>(i * sizeof(int2)); };
-  st_shared(at(thread), own);
+PRIM int2 scan_warps(int2 own, int2 neutral, bool behind, int2& all, Combine combine) {
+  const auto at = [](int w) { return static_cast<smem_t>(w * sizeof(int2)); };
+  if (lane() == 0) st_shared(at(warp()), own);
   syncthreads();
-  for (int step = 1; step < plan_threads; step *= 2) {
-    int2 sum = ld_shared<int2>(at(thread));
-    if (thread >= step) sum = combine(ld_shared<int2>(at(thread - step)), sum);
-    syncthreads();
-    st_shared(at(thread), sum);
-    syncthreads();
+  int2 others = neutral;
+  all = neutral;
+  for (int w = 0; w < plan_warps; ++w) {
+    const int2 its = ld_shared<int2>(at(w));
+    all = combine(all, its);
+    if (behind ? w > warp() : w < warp()) others = combine(others, its);
   }
-  all = ld_shared<int2>(at(plan_threads - 1));
-  const int2 before = thread > 0 ? ld_shared<int2>(at(thread - 1)) : neutral;
   syncthreads();
-  return before;
+  return others;
+}
+
+// A warp's run of `count` things: [first, last).
+struct Run {
+  std::int32_t first, last;
+};
+PRIM Run run_of_warp(std::int32_t count) {
+  const std::int32_t share = (count + plan_threads - 1) / plan_threads * 32;
+  return {clamp_position(std::int64_t{share} * warp(), count),
+          clamp_position(std::int64_t{share} * (warp() + 1), count)};
 }
 
 class Planner {
@@ -50,11 +63,8 @@ class Planner {
         plan_(plan),
         arrays_(arrays),
         sequence_(sequence_at(problem, plan, b)),
-        rest_(is_rest(plan, sequence_)) {
-    const std::int32_t share = (sequence_.k_len + plan_threads - 1) / plan_threads;
-    const std::int64_t first = std::int64_t{share} * threadIdx.x;
-    first_ = clamp_position(first, sequence_.k_len), last_ = clamp_position(first + share, sequence_.k_len);
-  }
+        rest_(is_rest(plan, sequence_)),
+        keys_(run_of_warp(sequence_.k_len)) {}
 
   PRIM void run() {
     list_keys();
@@ -73,19 +83,36 @@ class Planner {
     const std::int32_t modality = ld_global(problem_.modality + sequence_.k_token + j);
     return modality == 1 ? Kind::text : modality >= 2 ? Kind::image : Kind::hidden;
   }
-  PRIM static int2 count(int2 n, Kind kind) { return {n.x + (kind == Kind::text), n.y + (kind == Kind::image)}; }
+
+  // 32 keys from `first` on: the lane's own kind, and who is what.
+  struct Kinds {
+    Kind own;
+    std::uint32_t text, image;
+
+    PRIM int2 count(std::uint32_t among) const { return {count_bits(text & among), count_bits(image & among)}; }
+  };
+  PRIM Kinds look(std::int32_t first) const {
+    const std::int32_t j = first + lane();
+    const Kind own = j < keys_.last ? kind(j) : Kind::hidden;
+    return {own, ballot(own == Kind::text), ballot(own == Kind::image)};
+  }
+  PRIM static int2 sum(int2 a, int2 b) { return {a.x + b.x, a.y + b.y}; }
 
   PRIM void list_keys() {
     int2 own{0, 0};
-    for (std::int32_t j = first_; j < last_; ++j) own = count(own, kind(j));
-    const auto sum = [](int2 a, int2 b) { return int2{a.x + b.x, a.y + b.y}; };
-    int2 rank = scan_before(own, {0, 0}, false, 0, sizes_, sum);
-    for (std::int32_t j = first_; j < last_; ++j) {
-      const Kind k = kind(j);
-      st_global(arrays_.ranks + sequence_.k_token + j, rank);
-      if (k != Kind::hidden)
-        st_global(arrays_.positions + sequence_.k_token + (k == Kind::text ? rank.x : sizes_.x + rank.y), j);
-      rank = count(rank, k);
+#pragma unroll 4
+    for (std::int32_t first = keys_.first; first < keys_.last; first += 32)
+      own = sum(own, look(first).count(all_lanes));
+    int2 before = scan_warps(own, {0, 0}, false, sizes_, &sum);
+#pragma unroll 4
+    for (std::int32_t first = keys_.first; first < keys_.last; first += 32) {
+      const Kinds kinds = look(first);
+      const int2 rank = sum(before, kinds.count(lanes_below(lane())));
+      const std::int32_t j = first + lane();
+      if (j < keys_.last) st_global(arrays_.ranks + sequence_.k_token + j, rank);
+      if (kinds.own != Kind::hidden)
+        st_global(arrays_.positions + sequence_.k_token + (kinds.own == Kind::text ? rank.x : sizes_.x + rank.y), j);
+      before = sum(before, kinds.count(all_lanes));
     }
     if (threadIdx.x == 0) {
       st_global(arrays_.list_sizes + 2 * std::int64_t{sequence_.index}, sizes_.x);
@@ -102,31 +129,58 @@ class Planner {
            image_id(j) == image_id(j + 1);
   }
 
-  // An image begins at the last beginning before its key, and ends at the first end after it; both grow with the key.
+  // An image begins at the last beginning up to its key, and ends at the first end from there on; entries of list 1.
   PRIM void find_images() {
     constexpr std::int32_t none = 0x7fffffff;
     int2 own{-1, none};
-    for (std::int32_t j = first_; j < last_; ++j) {
-      if (kind(j) != Kind::image) continue;
-      const std::int32_t rank = own_rank(j).y;
-      if (!goes_on(j - 1)) own.x = rank;
-      if (!goes_on(j) && own.y == none) own.y = rank + 1;
+    for (std::int32_t first = keys_.first; first < keys_.last; first += 32) {
+      const Ends ends = find_ends(first);
+      const std::int32_t begin = last_rank(ends.begins, ends.rank), end = first_rank(ends.ends, ends.rank) + 1;
+      if (ends.begins) own.x = begin;
+      if (ends.ends && own.y == none) own.y = end;
     }
     int2 all;
-    const auto largest = [](int2 a, int2 b) { return int2{a.x > b.x ? a.x : b.x, 0}; };
-    const auto smallest = [](int2 a, int2 b) { return int2{0, a.y < b.y ? a.y : b.y}; };
-    std::int32_t begin = scan_before(own, {-1, none}, false, 0, all, largest).x;
-    std::int32_t end = scan_before(own, {-1, none}, true, 0, all, smallest).y;
-    for (std::int32_t j = first_; j < last_; ++j) {
-      if (kind(j) != Kind::image) continue;
-      if (!goes_on(j - 1)) begin = own_rank(j).y;
-      st_global(&arrays_.runs[sequence_.k_token + j].x, begin);
+    const auto largest = [](int2 a, int2 b) { return int2{max(a.x, b.x), 0}; };
+    const auto smallest = [](int2 a, int2 b) { return int2{0, min(a.y, b.y)}; };
+    std::int32_t begin = scan_warps(own, {-1, none}, false, all, largest).x;
+    std::int32_t end = scan_warps(own, {-1, none}, true, all, smallest).y;
+    const std::uint32_t below = lanes_below(lane()), self = 1u << lane();
+    for (std::int32_t first = keys_.first; first < keys_.last; first += 32) {
+      const Ends ends = find_ends(first);
+      const std::uint32_t so_far = ends.begins & (below | self);
+      const std::int32_t found = last_rank(so_far, ends.rank), next = last_rank(ends.begins, ends.rank);
+      if (ends.is_image) st_global(&arrays_.runs[sequence_.k_token + first + lane()].x, so_far ? found : begin);
+      if (ends.begins) begin = next;
     }
-    for (std::int32_t j = last_ - 1; j >= first_; --j) {
-      if (kind(j) != Kind::image) continue;
-      if (!goes_on(j)) end = own_rank(j).y + 1;
-      st_global(&arrays_.runs[sequence_.k_token + j].y, end);
+    const std::int32_t steps = (keys_.last - keys_.first + 31) / 32;
+    for (std::int32_t step = steps - 1; step >= 0; --step) {
+      const std::int32_t first = keys_.first + 32 * step;
+      const Ends ends = find_ends(first);
+      const std::uint32_t to_come = ends.ends & ~below;
+      const std::int32_t found = first_rank(to_come, ends.rank) + 1, next = first_rank(ends.ends, ends.rank) + 1;
+      if (ends.is_image) st_global(&arrays_.runs[sequence_.k_token + first + lane()].y, to_come ? found : end);
+      if (ends.ends) end = next;
     }
+  }
+
+  // Of 32 keys from `first` on: the lane's place in list 1, and at which lanes images begin and end.
+  struct Ends {
+    bool is_image;
+    std::int32_t rank;
+    std::uint32_t begins, ends;
+  };
+  PRIM Ends find_ends(std::int32_t first) const {
+    const std::int32_t j = first + lane();
+    const bool is_image = j < keys_.last && kind(j) == Kind::image;
+    return {is_image, is_image ? own_rank(j).y : 0, ballot(is_image && !goes_on(j - 1)),
+            ballot(is_image && !goes_on(j))};
+  }
+  // The rank of the last or the first of some lanes; of any lane if there are none.
+  PRIM static std::int32_t last_rank(std::uint32_t lanes, std::int32_t rank) {
+    return shfl(rank, lanes ? 31 - leading_zeros(lanes) : 0);
+  }
+  PRIM static std::int32_t first_rank(std::uint32_t lanes, std::int32_t rank) {
+    return shfl(rank, lanes ? 31 - leading_zeros(lanes & (0u - lanes)) : 0);
   }
 
   PRIM int2 own_rank(std::int32_t j) const { return ld_global(arrays_.ranks + sequence_.k_token + j); }
@@ -148,7 +202,8 @@ class Planner {
       const bool self = k == Kind::image && plan_.self_entries;
       const std::int64_t at = sequence_.q_token + entry;
       st_global(arrays_.rows + at, i);
-      st_global(arrays_.ranges + at, seen(p, k, count(before, k), self));
+      const int2 until{before.x + (k == Kind::text), before.y + (k == Kind::image)};
+      st_global(arrays_.ranges + at, seen(p, k, until, self));
       if (plan_.self_entries) st_global(arrays_.self_entries + at, static_cast<std::uint8_t>(self));
     }
   }
@@ -171,14 +226,21 @@ class Planner {
     }
   }
 
+  // A warp takes the entries of a hull, each lane two of them.
   PRIM void join_ranges() const {
-    for (std::int32_t t = threadIdx.x; t * plan_tile < sequence_.q_len; t += plan_threads) {
+    for (std::int32_t t = warp(); t * plan_tile < sequence_.q_len; t += plan_warps) {
       Interval text{0, 0}, image{0, 0};
-      for (std::int32_t e = t * plan_tile; e < (t + 1) * plan_tile && e < sequence_.q_len; ++e) {
+      for (std::int32_t e = t * plan_tile + lane(); e < (t + 1) * plan_tile && e < sequence_.q_len; e += 32) {
         const int4 range = ld_global(arrays_.ranges + sequence_.q_token + e);
         text = hull(text, {range.x, range.y}), image = hull(image, {range.z, range.w});
       }
-      st_global(arrays_.hulls + hull_index(plan_, sequence_) + t, int4{text.begin, text.end, image.begin, image.end});
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        text = hull(text, {shfl_xor(text.begin, step), shfl_xor(text.end, step)});
+        image = hull(image, {shfl_xor(image.begin, step), shfl_xor(image.end, step)});
+      }
+      if (lane() == 0)
+        st_global(arrays_.hulls + hull_index(plan_, sequence_) + t, int4{text.begin, text.end, image.begin, image.end});
     }
   }
 
@@ -187,11 +249,11 @@ class Planner {
   const PlanArrays& arrays_;
   const Sequence sequence_;
   const bool rest_;
-  std::int32_t first_, last_;  // this thread's keys
-  int2 sizes_;                 // of the lists
+  const Run keys_;  // this warp's
+  int2 sizes_;      // of the lists
 };
 
-__global__ void __launch_bounds__(plan_threads)
+__global__ void __launch_bounds__(plan_threads, 1)
     plan_kernel(const __grid_constant__ Problem problem, const __grid_constant__ DevicePlan plan,
                 const __grid_constant__ PlanArrays arrays) {
   Planner(problem, plan, arrays, static_cast<std::int32_t>(blockIdx.x)).run();
@@ -199,24 +261,30 @@ __global__ void __launch_bounds__(plan_threads)
 
 // Offsets that can be trusted: result[i] = the largest of given[1..i], brought into [0, tokens]; after the last,
 // tokens.
-__global__ void __launch_bounds__(plan_threads)
+__global__ void __launch_bounds__(plan_threads, 1)
     offsets_kernel(const std::int64_t* given, std::int32_t count, std::int32_t tokens, std::int32_t* result) {
-  const std::int32_t share = (count + plan_threads - 1) / plan_threads;
-  const std::int32_t first = clamp_position(std::int64_t{share} * threadIdx.x, count);
-  const std::int32_t last = clamp_position(std::int64_t{first} + share, count);
-  const auto offset = [&](std::int32_t i) { return i == 0 ? 0 : clamp_position(ld_global(given + i), tokens); };
+  const Run run = run_of_warp(count);
+  const auto offset = [&](std::int32_t i) {
+    return i == 0 || i >= run.last ? 0 : clamp_position(ld_global(given + i), tokens);
+  };
   int2 own{0, 0}, all;
-  for (std::int32_t i = first; i < last; ++i) own.x = own.x > offset(i) ? own.x : offset(i);
-  const auto largest = [](int2 a, int2 b) { return int2{a.x > b.x ? a.x : b.x, 0}; };
-  std::int32_t so_far = scan_before(own, {0, 0}, false, 0, all, largest).x;
-  for (std::int32_t i = first; i < last; ++i) {
-    so_far = so_far > offset(i) ? so_far : offset(i);
-    st_global(result + i, so_far);
+  for (std::int32_t first = run.first; first < run.last; first += 32) own.x = max(own.x, offset(first + lane()));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) own.x = max(own.x, shfl_xor(own.x, step));
+  const auto largest = [](int2 a, int2 b) { return int2{max(a.x, b.x), 0}; };
+  std::int32_t so_far = scan_warps(own, {0, 0}, false, all, largest).x;
+  for (std::int32_t first = run.first; first < run.last; first += 32) {
+    std::int32_t x = max(so_far, offset(first + lane()));
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const std::int32_t before = shfl(x, lane() >= step ? lane() - step : lane());
+      x = max(x, before);
+    }
+    if (first + lane() < run.last) st_global(result + first + lane(), x);
+    so_far = shfl(x, 31);
   }
   if (threadIdx.x == 0) st_global(result + count, tokens);
 }
-
-constexpr std::size_t scan_bytes = plan_threads * sizeof(int2);
 
 }  // namespace
 

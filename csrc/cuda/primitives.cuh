@@ -64,6 +64,18 @@ PRIM void atomic_add_pair(float* p, float x, float y) {
 #endif
 }
 
+// p[0..3] += x; p 16-byte aligned. Four additions that may be seen apart.
+PRIM void atomic_add_quad(float* p, float4 x) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(p), x);
+#else
+  atomicAdd(p, x.x);
+  atomicAdd(p + 1, x.y);
+  atomicAdd(p + 2, x.z);
+  atomicAdd(p + 3, x.w);
+#endif
+}
+
 // Copies Bytes (4, 8 or 16; both ends aligned to that) without waiting; writes zeros where not valid (then `src` is not
 // read). The copy is there after cp_async_wait by this thread, for others after a barrier more.
 template <int Bytes>
@@ -160,11 +172,22 @@ template <class T>
 PRIM T shfl(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
+inline constexpr std::uint32_t all_lanes = 0xffffffffu;
+// Bit i: the condition of lane i.
+PRIM std::uint32_t ballot(bool condition) { return __ballot_sync(all_lanes, condition); }
 PRIM bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 PRIM void syncthreads() { __syncthreads(); }
 PRIM bool syncthreads_or(bool condition) { return __syncthreads_or(condition); }
 PRIM void syncwarp() { __syncwarp(); }
 
+// x, of which the compiler knows nothing: what is computed from it in a loop is not kept in registers across the loop.
+PRIM std::uint32_t opaque(std::uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+PRIM int count_bits(std::uint32_t x) { return __popc(static_cast<int>(x)); }
+PRIM int leading_zeros(std::uint32_t x) { return __clz(static_cast<int>(x)); }
 PRIM float exp2_approx(float x) {  // 2 ulp; -inf gives 0, results below 2^-126 are 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -179,32 +202,44 @@ struct DeviceFacts {
   int sm = 0;  // 10 * major + minor
   int multiprocessors = 0;
 };
-// Of the current device.
-inline DeviceFacts device_facts() {
-  int device = 0, major = 0, minor = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return {10 * major + minor, count};
+
+// An error stays behind in the runtime too, where the next launch would find it.
+inline int reported(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// 0 or an error for error_text, like all that follows.
+inline int use_device(int device) { return reported(cudaSetDevice(device)); }
+inline int device_facts(int device, DeviceFacts& facts) {  // makes no context: a process that only asks can still fork
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (!error) error = cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  facts.sm = 10 * major + minor;
+  return reported(error);
 }
 
 // Empty: no error.
 inline std::string error_text(int error) {
   return error ? cudaGetErrorString(static_cast<cudaError_t>(error)) : std::string();
 }
-inline bool is_missing_kernel(int error) { return error == cudaErrorNoKernelImageForDevice; }
+inline bool is_missing_kernel(int error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+}
 
-inline int fill_zero(void* p, std::size_t bytes, stream_t stream) { return cudaMemsetAsync(p, 0, bytes, stream); }
+inline int fill_zero(void* p, std::size_t bytes, stream_t stream) {
+  return bytes ? reported(cudaMemsetAsync(p, 0, bytes, stream)) : 0;
+}
 
-// Starts `kernel`; returns 0 or an error for error_text.
+// Starts `kernel`.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, stream_t stream,
            const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return reported(error);
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();

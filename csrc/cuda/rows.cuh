@@ -158,4 +158,23 @@ PRIM std::int64_t row_offset(const Tensor& x, const Sequence& sequence, std::int
   return sequence.index * x.batch + head * x.head + (begin + row) * x.row;
 }
 
+// Element `at` of an array of S: float, double, BFloat16 or Float16.
+template <class T, class S>
+PRIM T number_of(const void* data, std::int64_t at) {
+  if constexpr (sizeof(S) == 2)
+    return static_cast<T>(prim::to_float<S>(ld_global(static_cast<const std::uint16_t*>(data) + at)));
+  else return static_cast<T>(ld_global(static_cast<const S*>(data) + at));
+}
+// The same of a type known at run time.
+template <class T>
+PRIM T number_at(const void* data, DType dtype, std::int64_t at) {
+  switch (dtype) {
+    case DType::f32: return number_of<T, float>(data, at);
+    case DType::f64: return number_of<T, double>(data, at);
+    case DType::bf16: return number_of<T, BFloat16>(data, at);
+    case DType::f16: break;
+  }
+  return number_of<T, Float16>(data, at);
+}
+
 }  // namespace mmca::cuda

@@ -46,8 +46,8 @@ const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
       MMCA_CUDA_ROWS(sm80, bf16, BFloat16, 80),
       MMCA_CUDA_ROWS(sm80, f16, Float16, 80),
-      MMCA_CUDA_ROWS(generic, f32, float, 0),
-      MMCA_CUDA_ROWS(generic, f64, double, 0),
+      MMCA_CUDA_ROWS(generic, f32, float, 80),
+      MMCA_CUDA_ROWS(generic, f64, double, 80),
   };
   return table;
 }
@@ -61,16 +61,18 @@ std::string refusal(const Kernel& kernel, const Device& device) {
          std::to_string(device.sm % 10);
 }
 
-Device current_device() {
-  const prim::DeviceFacts facts = prim::device_facts();
+Device device_at(int index) {
+  prim::DeviceFacts facts;
+  Launch::check(prim::device_facts(index, facts), {});
   return {facts.sm, facts.multiprocessors};
 }
 
 bool needs_aligned_rows(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
-void run(Operation operation, const Problem& problem, Workspace& workspace, void* stream_handle) {
+void run(Operation operation, const Problem& problem, Workspace& workspace, int device_index, void* stream_handle) {
   const auto stream = static_cast<prim::stream_t>(stream_handle);
-  const Device device = current_device();
+  const Device device = device_at(device_index);
+  Launch::check(prim::use_device(device_index), device);
   const Kernel& kernel = select_kernel(operation, problem.dtype, device);
   const DevicePlan plan = make_plan(problem, workspace, stream, device);
   const Launch launch{problem, plan, workspace, stream, device};

@@ -23,7 +23,7 @@ struct Device {
   int sm = 0;  // compute capability, 10 * major + minor
   int multiprocessors = 0;
 };
-Device current_device();
+Device device_at(int index);  // throws std::runtime_error where CUDA does
 
 struct Launch;
 
@@ -44,9 +44,9 @@ std::string refusal(const Kernel& kernel, const Device& device);  // empty: it s
 // query, key, value and grad_out are copied by the caller where they do not.
 bool needs_aligned_rows(DType dtype);
 
-// Plans the problem and starts its kernels on `stream` of the current device, without waiting for them. Problem's
+// Plans the problem and starts its kernels on `stream` of the device, without waiting for them. Problem's
 // offsets are device memory and need no checking: whatever they hold, nothing outside the tensors is touched. Throws
 // std::runtime_error where no kernel serves the device or a launch fails.
-void run(Operation operation, const Problem& problem, Workspace& workspace, void* stream);
+void run(Operation operation, const Problem& problem, Workspace& workspace, int device, void* stream);
 
 }  // namespace mmca::cuda

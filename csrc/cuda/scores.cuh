@@ -1,6 +1,7 @@
 // What makes a score more than a scaled product, pair by pair: softcap, bias, boolean mask; and the dropout factor.
 //
-//     s = softcap tanh(scale t / softcap) + bias,   -inf where the mask hides;   ds/dt = scale (1 - tanh^2)
+//     s = softcap tanh(y) + bias, y = scale t / softcap;   -inf where the mask hides
+//     ds/dt = scale (1 - tanh^2 y) = scale 4 e / (1 + e)^2, e = exp(-2 |y|), which does not cancel
 #pragma once
 
 #include <limits>
@@ -35,32 +36,51 @@ class PairScores {
     return !mask_ || ld_global(mask_ + row * mask_row_ + key * mask_key_);
   }
 
-  // The natural score of product t; `slope`: 1 - tanh^2, or 1 without a softcap.
-  PRIM T score(T t, std::int64_t row, std::int64_t key, T& slope) const {
+  // The natural score of product t before bias and mask; `slope`: 1 - tanh^2, or 1 without a softcap.
+  PRIM T capped(T t, T& slope) const {
     T s = scale_ * t;
     slope = T(1);
     if (softcap_ > T(0)) {
-      const T capped = tanh_of(s / softcap_);
-      s = softcap_ * capped, slope = T(1) - capped * capped;
+      const T y = s / softcap_;
+      s = softcap_ * tanh_of(y), slope = slope_at(y);
     }
-    if (bias_) s += bias(row, key);
-    return visible(row, key) ? s : -infinity<T>();
+    return s;
+  }
+  PRIM static T slope(const Problem& problem, T t) {
+    return slope_at(static_cast<T>(problem.scale) * t / static_cast<T>(problem.softcap));
+  }
+  PRIM T score(T t, std::int64_t row, std::int64_t key, T& slope) const {
+    if (!visible(row, key)) return -infinity<T>();
+    const T s = capped(t, slope), b = bias_ ? bias(row, key) : T(0);
+    return b == -infinity<T>() ? b : s + b;  // hides even a NaN
+  }
+
+  // f(bias), where bias(row, key) reads one number, if there is a bias: the question of its dtype outside of f's loops.
+  template <class F>
+  PRIM void with_bias(F&& f) const {
+    if (!bias_) return;
+    switch (bias_dtype_) {
+      case DType::f32: return f([this](auto row, auto key) { return number_of<T, float>(bias_, bias_at(row, key)); });
+      case DType::f64: return f([this](auto row, auto key) { return number_of<T, double>(bias_, bias_at(row, key)); });
+      case DType::bf16:
+        return f([this](auto row, auto key) { return number_of<T, BFloat16>(bias_, bias_at(row, key)); });
+      case DType::f16: return f([this](auto row, auto key) { return number_of<T, Float16>(bias_, bias_at(row, key)); });
+    }
   }
 
  private:
   PRIM static float tanh_of(float x) { return tanhf(x); }
   PRIM static double tanh_of(double x) { return tanh(x); }
+  PRIM static T slope_at(T y) {
+    const T e = exp_of(y > T(0) ? T(-2) * y : T(2) * y);
+    return T(4) * e / ((T(1) + e) * (T(1) + e));
+  }
+  PRIM static float exp_of(float x) { return expf(x); }
+  PRIM static double exp_of(double x) { return exp(x); }
 
-  PRIM T bias(std::int64_t row, std::int64_t key) const {
-    const std::int64_t at = bias_first_ + row * bias_row_ + key * bias_key_;
-    switch (bias_dtype_) {
-      case DType::f32: return static_cast<T>(ld_global(static_cast<const float*>(bias_) + at));
-      case DType::f64: return static_cast<T>(ld_global(static_cast<const double*>(bias_) + at));
-      case DType::bf16:
-        return static_cast<T>(prim::to_float<BFloat16>(ld_global(static_cast<const std::uint16_t*>(bias_) + at)));
-      case DType::f16: break;
-    }
-    return static_cast<T>(prim::to_float<Float16>(ld_global(static_cast<const std::uint16_t*>(bias_) + at)));
+  PRIM T bias(std::int64_t row, std::int64_t key) const { return number_at<T>(bias_, bias_dtype_, bias_at(row, key)); }
+  PRIM std::int64_t bias_at(std::int64_t row, std::int64_t key) const {
+    return bias_first_ + row * bias_row_ + key * bias_key_;
   }
 
   const std::uint8_t* mask_;

@@ -2,11 +2,13 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 namespace mmca {
@@ -54,6 +56,7 @@ Arguments::Arguments(const char* op, const at::Tensor& query, const at::Tensor& 
     : op_(op),
       packed_(cu_seqlens_q || cu_seqlens_k),
       device_(given(op, "query", query).device()),
+      backend_(backend_of(op, device_)),
       dtype_(query.scalar_type()),
       statistic_dtype_(dtype_ == at::kDouble ? at::kDouble : at::kFloat) {
   check_tensors(query, key, value);
@@ -94,9 +97,10 @@ Arguments::Arguments(const char* op, const at::Tensor& query, const at::Tensor& 
   TORCH_CHECK_VALUE(softcap == 0.0 || (softcap >= smallest && softcap <= 1.0 / smallest), op_,
                     ": softcap must be 0 (none) or positive, from ", smallest, " to ", 1.0 / smallest, ", got ",
                     softcap);
-  p.query = strided<Input>(query, query.const_data_ptr());
-  p.key = strided<Input>(key, key.const_data_ptr());
-  p.value = strided<Input>(value, value.const_data_ptr());
+  query_ = with_aligned_rows(query), key_ = with_aligned_rows(key), value_ = with_aligned_rows(value);
+  p.query = strided<Input>(query_, query_.const_data_ptr());
+  p.key = strided<Input>(key_, key_.const_data_ptr());
+  p.value = strided<Input>(value_, value_.const_data_ptr());
 }
 
 void Arguments::check_tensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) const {
@@ -117,7 +121,6 @@ void Arguments::check_tensors(const at::Tensor& query, const at::Tensor& key, co
     TORCH_CHECK_VALUE(t.device() == device_, op_, ": query, key and value must be on one device, got ", device_,
                       " for query and ", t.device(), " for ", names[i]);
   }
-  TORCH_CHECK_VALUE(device_.is_cpu(), op_, ": tensors must be on the CPU, got ", device_);
 }
 
 void Arguments::check_lengths() const {
@@ -135,6 +138,33 @@ void Arguments::check_lengths() const {
                     p.q_len, " and ", p.k_len);
 }
 
+// Whether the host may look at offsets and ids: on a GPU it would have to wait for them. There the kernels make do with
+// whatever they hold, and the checks are to be asked for.
+bool Arguments::looks_at_values() const {
+  if (!backend_.is_cuda) return true;
+  const char* asked = std::getenv("MMCA_EXT_VALIDATE");
+  return asked && asked == std::string("1");
+}
+
+// t itself, or a copy with features side by side, rows at multiples of 16 bytes and zeros up to a multiple of 8.
+at::Tensor Arguments::with_aligned_rows(const at::Tensor& t) const {
+  constexpr std::int64_t unit = 8;
+  if (!backend_.needs_aligned_rows(problem.dtype)) return t;
+  const std::int64_t features = t.size(-1);
+  bool aligned = features % unit == 0 && t.stride(-1) == 1 &&
+                 reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % (unit * t.element_size()) == 0;
+  for (std::int64_t d = 0; d < t.dim() - 1; ++d) aligned = aligned && (t.size(d) <= 1 || t.stride(d) % unit == 0);
+  if (aligned) return t;
+  at::Tensor distinct = t;  // an expanded tensor stays one
+  for (std::int64_t d = 0; d < t.dim() - 1; ++d)
+    if (t.size(d) > 1 && t.stride(d) == 0) distinct = distinct.narrow(d, 0, 1);
+  std::vector<std::int64_t> shape = distinct.sizes().vec();
+  shape.back() = (features + unit - 1) / unit * unit;
+  const at::Tensor rows = at::zeros(shape, t.options()).narrow(-1, 0, features);
+  rows.copy_(distinct);
+  return rows.expand(t.sizes());
+}
+
 void Arguments::set_offsets(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                             std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k) {
   // mmca_attention's callers gave one list, which is both.
@@ -149,29 +179,34 @@ void Arguments::set_offsets(const at::Tensor& cu_seqlens_q, const at::Tensor& cu
     TORCH_CHECK_VALUE(offsets.device() == device_, op_, ": cu_seqlens", side, " must be on the query's device ",
                       device_, ", got ", offsets.device());
     const at::Tensor wide = offsets.to(at::kLong).contiguous();
-    const auto* value = wide.const_data_ptr<std::int64_t>();
-    const std::vector<std::int64_t> list(value, value + wide.numel());
-    TORCH_CHECK_VALUE(list[0] == 0, op_, ": cu_seqlens", side, " must start at 0, got ", list[0]);
-    std::int64_t longest = 0;
-    for (std::size_t i = 1; i < list.size(); ++i) {
-      TORCH_CHECK_VALUE(list[i] >= list[i - 1], op_, ": cu_seqlens", side, " must not decrease, got ", list[i],
-                        " after ", list[i - 1], " at ", i);
-      TORCH_CHECK_VALUE(list[i] <= tokens, op_, ": cu_seqlens", side, " must end at most at the ", tokens,
-                        " tokens there are, got ", list[i], " at ", i);
-      longest = std::max(longest, list[i] - list[i - 1]);
-    }
-    TORCH_CHECK_VALUE(!longest_allowed || *longest_allowed >= longest, op_, ": max_seqlen", side,
-                      " must be at least the longest sequence's ", longest, " tokens, got ",
-                      longest_allowed.value_or(0));
-    return list;
+    if (looks_at_values()) check_offsets(side, wide, tokens, longest_allowed);
+    return wide;
   };
   q_offsets_ = read("_q", cu_seqlens_q, problem.q_len, max_seqlen_q);
   k_offsets_ = read("_k", cu_seqlens_k, problem.k_len, max_seqlen_k);
-  TORCH_CHECK_VALUE(q_offsets_.size() == k_offsets_.size(), op_,
+  TORCH_CHECK_VALUE(q_offsets_.numel() == k_offsets_.numel(), op_,
                     ": cu_seqlens_q and cu_seqlens_k must list the same number of sequences, got ",
-                    q_offsets_.size() - 1, " and ", k_offsets_.size() - 1);
-  problem.batch = static_cast<std::int64_t>(q_offsets_.size()) - 1;
-  problem.q_offsets = q_offsets_.data(), problem.k_offsets = k_offsets_.data();
+                    q_offsets_.numel() - 1, " and ", k_offsets_.numel() - 1);
+  problem.batch = q_offsets_.numel() - 1;
+  problem.q_offsets = q_offsets_.const_data_ptr<std::int64_t>();
+  problem.k_offsets = k_offsets_.const_data_ptr<std::int64_t>();
+}
+
+void Arguments::check_offsets(const char* side, const at::Tensor& offsets, std::int64_t tokens,
+                              std::optional<std::int64_t> longest_allowed) const {
+  const at::Tensor host = offsets.cpu();
+  const auto* value = host.const_data_ptr<std::int64_t>();
+  TORCH_CHECK_VALUE(value[0] == 0, op_, ": cu_seqlens", side, " must start at 0, got ", value[0]);
+  std::int64_t longest = 0;
+  for (std::int64_t i = 1; i < host.numel(); ++i) {
+    TORCH_CHECK_VALUE(value[i] >= value[i - 1], op_, ": cu_seqlens", side, " must not decrease, got ", value[i],
+                      " after ", value[i - 1], " at ", i);
+    TORCH_CHECK_VALUE(value[i] <= tokens, op_, ": cu_seqlens", side, " must end at most at the ", tokens,
+                      " tokens there are, got ", value[i], " at ", i);
+    longest = std::max(longest, value[i] - value[i - 1]);
+  }
+  TORCH_CHECK_VALUE(!longest_allowed || *longest_allowed >= longest, op_, ": max_seqlen", side,
+                    " must be at least the longest sequence's ", longest, " tokens, got ", longest_allowed.value_or(0));
 }
 
 // ---------------------------------------------------------------- who sees what
@@ -237,8 +272,8 @@ at::Tensor Arguments::token_ids(const char* name, const at::Tensor& ids) const {
                     at::IntArrayRef(shape), ", got ", ids.sizes());
   TORCH_CHECK_VALUE(ids.device() == device_, op_, ": ", name, " must be on the query's device ", device_, ", got ",
                     ids.device());
-  if (type == at::kLong) {
-    const at::Tensor wide = ids.contiguous();
+  if (type == at::kLong && looks_at_values()) {
+    const at::Tensor wide = ids.cpu().contiguous();
     const auto* value = wide.const_data_ptr<std::int64_t>();
     for (std::int64_t i = 0; i < wide.numel(); ++i)
       TORCH_CHECK_VALUE(
@@ -251,16 +286,21 @@ at::Tensor Arguments::token_ids(const char* name, const at::Tensor& ids) const {
 void Arguments::set_modality(const at::Tensor& ids, const OptionalTensor& images, c10::string_view image_rows,
                              c10::string_view merge, const OptionalTensor& gate) {
   Problem& p = problem;
-  if (packed_)
-    TORCH_CHECK_VALUE(q_offsets_ == k_offsets_ && p.q_len == p.k_len, op_,
+  if (packed_) {
+    TORCH_CHECK_VALUE(p.q_len == p.k_len && (!looks_at_values() || at::equal(q_offsets_, k_offsets_)), op_,
                       ": packed query and key must be the same tokens, got ", p.q_len, " and ", p.k_len);
+    p.k_offsets = p.q_offsets;
+  }
   TORCH_CHECK_VALUE(p.q_len <= p.k_len, op_, ": queries are the last Lq of the Lk tokens, got Lq = ", p.q_len,
                     " > Lk = ", p.k_len);
   modality_ = token_ids("modality", ids);
-  const auto* value = modality_.const_data_ptr<std::int32_t>();
-  for (std::int64_t i = 0; i < modality_.numel(); ++i)
-    TORCH_CHECK_VALUE(value[i] >= 0, op_, ": modality must be 0 (padding), 1 (text) or >= 2 (image), got ", value[i]);
-  p.modality = value;
+  if (looks_at_values()) {
+    const at::Tensor host = modality_.cpu();
+    const auto* value = host.const_data_ptr<std::int32_t>();
+    for (std::int64_t i = 0; i < host.numel(); ++i)
+      TORCH_CHECK_VALUE(value[i] >= 0, op_, ": modality must be 0 (padding), 1 (text) or >= 2 (image), got ", value[i]);
+  }
+  p.modality = modality_.const_data_ptr<std::int32_t>();
   if (images) {
     image_id_ = token_ids("image_id", *images);
     p.image_id = image_id_.const_data_ptr<std::int32_t>();
@@ -340,8 +380,11 @@ std::vector<std::int64_t> Arguments::lse_shape() const {
 template <class Operand>
 Operand Arguments::strided(const at::Tensor& t, decltype(Operand::data) data) const {
   const std::int64_t dims = packed_ ? 3 : 4, group = t.dim() > dims ? t.stride(0) : 0;
-  if (packed_) return {data, 0, t.stride(-2), t.stride(-3), t.stride(-1), group};
-  return {data, t.stride(-4), t.stride(-3), t.stride(-2), t.stride(-1), group};
+  // The stride of a single row leads nowhere and may be odd; kernels that copy 16 bytes want even addresses, also of
+  // rows that they then do not read.
+  const std::int64_t rows = packed_ ? -3 : -2, row = t.size(rows) == 1 ? 0 : t.stride(rows);
+  if (packed_) return {data, 0, t.stride(-2), row, t.stride(-1), group};
+  return {data, t.stride(-4), t.stride(-3), row, t.stride(-1), group};
 }
 
 template <class Pointer>
@@ -409,7 +452,8 @@ void Arguments::set_results(const Results& results, const at::Tensor& grad_out, 
   lse_ = lse;
   p.out = strided<Output>(out, out.mutable_data_ptr());
   p.lse = statistic<void*>(lse, lse.mutable_data_ptr());
-  p.grad_out = strided<Input>(grad_out, grad_out.const_data_ptr());
+  grad_out_ = with_aligned_rows(grad_out);
+  p.grad_out = strided<Input>(grad_out_, grad_out_.const_data_ptr());
   if (grad_lse) {
     grad_lse_ = *grad_lse;
     p.grad_lse = statistic<const void*>(grad_lse_, grad_lse_.const_data_ptr());
@@ -433,6 +477,7 @@ void Arguments::allocate_gradients(const at::Tensor& query, const at::Tensor& ke
   if (bias_gradient_ && !same_for_all_keys) {
     std::vector<std::int64_t> shape(4 - attn_mask_.dim(), 1);
     shape.insert(shape.end(), attn_mask_.sizes().begin(), attn_mask_.sizes().end());
+    if (p.deterministic && backend_.is_cuda) shape = {p.batch, p.q_heads, p.q_len, p.k_len};  // one addend for each
     grad_bias_ = at::zeros(shape, query.options().dtype(statistic_dtype_));
     const at::Tensor pairs = grad_bias_.expand({p.batch, p.q_heads, p.q_len, p.k_len});
     p.grad_bias = strided<Output>(pairs, pairs.mutable_data_ptr());

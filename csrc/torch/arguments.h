@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "core/problem.h"
+#include "torch/backend.h"
 
 namespace mmca {
 
@@ -51,6 +51,7 @@ class Arguments {
   // Allocates what the backward writes to.
   void allocate_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           bool attn_mask_gradient);
+  void run(Operation operation) const { backend_.run(operation, problem, device_); }
   // The gradients, once the kernel has run: sums over what was broadcast are brought into the arguments' shapes.
   Gradients gradients() const;
 
@@ -59,6 +60,10 @@ class Arguments {
   void check_lengths() const;
   void set_offsets(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                    std::optional<std::int64_t> max_seqlen_q, std::optional<std::int64_t> max_seqlen_k);
+  void check_offsets(const char* side, const at::Tensor& offsets, std::int64_t tokens,
+                     std::optional<std::int64_t> longest_allowed) const;
+  bool looks_at_values() const;
+  at::Tensor with_aligned_rows(const at::Tensor& t) const;
   void set_gate(const at::Tensor& gate);
   at::Tensor token_ids(const char* name, const at::Tensor& ids) const;
   at::Tensor key_broadcast_bias_gradient() const;
@@ -75,9 +80,10 @@ class Arguments {
   const char* op_;
   bool packed_;
   at::Device device_;
+  const Backend& backend_;
   at::ScalarType dtype_, statistic_dtype_;
-  std::vector<std::int64_t> q_offsets_, k_offsets_;
-  at::Tensor key_mask_, attn_mask_, modality_, image_id_, gate_, gate_weights_, lse_, grad_lse_;
+  at::Tensor query_, key_, value_, grad_out_;  // as the kernels want them to lie
+  at::Tensor q_offsets_, k_offsets_, key_mask_, attn_mask_, modality_, image_id_, gate_, gate_weights_, lse_, grad_lse_;
   at::Tensor grad_query_, grad_key_, grad_value_, grad_bias_, grad_gate_;
   bool bias_gradient_ = false;
 };

@@ -1,4 +1,4 @@
-// The operators as C++ functions; their schemas are in ops.cpp, their meaning in core/problem.h and
+// The operators as C++ functions; their schemas are in schemas.cpp, their meaning in core/problem.h and
 // mmca_ext/functional.py. Tensors first, in the order differentiable, not differentiable; then plain numbers, the same
 // list everywhere (autograd.cpp and autocast.cpp pass it on without reading it).
 //
@@ -26,7 +26,7 @@ FourTensors attention(const Tensor& query, const Tensor& key, const Tensor& valu
                       const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng_state, bool save_for_backward,
                       c10::string_view image_rows, c10::string_view merge, std::optional<double> scale, double softcap,
                       bool is_causal, std::int64_t window_left, std::int64_t window_right, OptionalLength max_seqlen_q,
-                      OptionalLength max_seqlen_k, double dropout_p);
+                      OptionalLength max_seqlen_k, double dropout_p, bool deterministic);
 
 // -> grad_query, grad_key, grad_value, grad_attn_mask (empty unless attn_mask_gradient), grad_gate (empty without gate)
 FiveTensors attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
@@ -38,6 +38,6 @@ FiveTensors attention_backward(const Tensor& grad_out, const OptionalTensor& gra
                                const OptionalTensor& rng_state, bool attn_mask_gradient, c10::string_view image_rows,
                                c10::string_view merge, std::optional<double> scale, double softcap, bool is_causal,
                                std::int64_t window_left, std::int64_t window_right, OptionalLength max_seqlen_q,
-                               OptionalLength max_seqlen_k, double dropout_p);
+                               OptionalLength max_seqlen_k, double dropout_p, bool deterministic);
 
 }  // namespace mmca

@@ -84,7 +84,7 @@ def attention(
     if dropout_threshold(dropout_p) == 0:
         rng_state = None
     elif rng_state is None:
-        rng_state = _draw_rng_state(generator, query.device)
+        rng_state = _draw_rng_state(generator)
 
     dense = partial(
         _dense,

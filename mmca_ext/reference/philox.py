@@ -82,6 +82,8 @@ def dropout_mask(batch, heads, q_len, k_len, p, seed, offset):
     return keep_mask(torch.arange(batch), heads, positions, k_len, p, rng_state)
 
 
-def _draw_rng_state(generator, device):
-    """A fresh (seed, offset) pair, int64 (2,), on `device`."""
-    return torch.randint(0, 2**62, (2,), generator=generator, device=device)
+def _draw_rng_state(generator):
+    """A fresh (seed, offset) pair, int64 (2,), on the CPU: kernels take it by value, also those of a GPU, which need
+    not be waited for then. The same seed gives the same mask on every device."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(0, 2**62, (2,), generator=generator, device=device).cpu()

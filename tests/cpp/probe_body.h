@@ -1,20 +1,7 @@
 // get_probe() of one instruction set; included inside its namespace, after its simd_*.h, by probe_<isa>.cpp.
 
-// clang-format off: the order matters
-#include "cpu/common.h"
-#include "cpu/exp2.h"
-#include "cpu/tiles.h"
-#include "cpu/pack.h"
-#include "cpu/rows.h"
-#include "cpu/scores.h"
-#include "cpu/softmax.h"
-#include "cpu/dropout.h"
-#include "cpu/few_rows.h"
-#include "cpu/small.h"
-#include "cpu/forward.h"
-#include "cpu/backward.h"
+#include "cpu/bodies.h"
 #include "cpu/feature_map.h"
-// clang-format on
 
 inline constexpr int probe_stride = mmca::test::probe_stride;
 
@@ -99,7 +86,7 @@ struct ProbeBody {
     else narrow_row(source, count, static_cast<Float16*>(out), step);
   }
   static cpu::BackwardTiles tiles(const Problem& problem) {
-    using Kernel = Backward<T>;
+    using Kernel = Backward<T, PackedGradients>;
     return {Kernel::key_range, Kernel::row_block, most, Kernel::partial_row_bytes(problem)};
   }
 

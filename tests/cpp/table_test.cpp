@@ -17,16 +17,22 @@ constexpr DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
 using Features = std::vector<CpuFeature>;
 
+constexpr const char* tile_leave = "leave from the system to use amx_tile";
+
 // A processor with these features and no other the table knows.
 Features having(const std::set<std::string>& names) {
   Features features;
-  for (const char* name : {"sse2", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq", "neon"})
+  for (const char* name : {"sse2", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq", "amx_bf16",
+                           "amx_tile", tile_leave, "neon"})
     features.push_back({name, names.count(name) == 1});
   return features;
 }
 
 const std::set<std::string> avx2_names = {"sse2", "avx2", "fma", "f16c"};
-const std::set<std::string> all_names = {"sse2", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512dq"};
+const std::set<std::string> avx512_names = {"sse2",    "avx2",     "fma",      "f16c",
+                                            "avx512f", "avx512vl", "avx512bw", "avx512dq"};
+const std::set<std::string> all_names = {"sse2",     "avx2",     "fma",      "f16c",     "avx512f", "avx512vl",
+                                         "avx512bw", "avx512dq", "amx_bf16", "amx_tile", tile_leave};
 
 Isa chosen(const Features& features, Operation operation = Operation::attention_forward, DType dtype = DType::f32) {
   return select_kernel(operation, dtype, features, std::nullopt).isa;
@@ -65,7 +71,7 @@ TEST(Table, EveryInstructionSetCoversEveryOperationAndType) {
   for (const Isa isa : isas)
     for (const Operation operation : operations)
       for (const DType dtype : dtypes)
-        EXPECT_EQ(rows.count({isa, operation, dtype}), 1u)
+        EXPECT_EQ(rows.count({isa, operation, dtype}), isa != Isa::amx || dtype == DType::bf16 ? 1u : 0u)
             << to_string(isa) << to_string(operation) << to_string(dtype);
 }
 
@@ -82,16 +88,31 @@ TEST(Table, TheBestInstructionSetIsChosen) {
   for (const Operation operation : operations)
     for (const DType dtype : dtypes) {
       EXPECT_EQ(chosen(having(avx2_names), operation, dtype), Isa::avx2);
-      EXPECT_EQ(chosen(having(all_names), operation, dtype), Isa::avx512);
+      EXPECT_EQ(chosen(having(avx512_names), operation, dtype), Isa::avx512);
+      EXPECT_EQ(chosen(having(all_names), operation, dtype), dtype == DType::bf16 ? Isa::amx : Isa::avx512);
     }
+}
+
+TEST(Table, TilesNeedEveryFeatureOfTheirs) {
+  for (const std::string& name : all_names) {
+    std::set<std::string> names = all_names;
+    names.erase(name);
+    const Isa found = chosen(having(names), Operation::attention_backward, DType::bf16);
+    EXPECT_EQ(found == Isa::amx, name == "sse2") << "without " << name;
+  }
+  std::set<std::string> names = all_names;
+  names.erase(tile_leave);
+  const Kernel& amx =
+      select_kernel(Operation::attention_forward, DType::bf16, having(all_names), std::nullopt, many_keys);
+  EXPECT_EQ(refusal(amx, having(names), std::nullopt), "this processor lacks leave from the system to use amx_tile");
 }
 
 TEST(Table, EveryNeededFeatureIsNeeded) {
   EXPECT_EQ(chosen(having({"sse2", "avx2", "f16c"})), Isa::scalar);
   EXPECT_EQ(chosen(having({"sse2", "fma", "f16c"})), Isa::scalar);
   EXPECT_EQ(chosen(having({"sse2", "avx2", "fma"})), Isa::scalar);
-  for (const std::string& name : all_names) {
-    std::set<std::string> names = all_names;
+  for (const std::string& name : avx512_names) {
+    std::set<std::string> names = avx512_names;
     names.erase(name);
     const bool avx2_needs_it = name == "avx2" || name == "fma" || name == "f16c";
     const Isa expected = avx2_needs_it ? Isa::scalar : name == "sse2" ? Isa::avx512 : Isa::avx2;
@@ -109,7 +130,9 @@ TEST(Table, FewKeysGetANarrowerInstructionSet) {
       }
       const int few = dtype == DType::f64 ? 4 : 8;
       EXPECT_EQ(select_kernel(operation, dtype, having(all_names), std::nullopt, few).isa, Isa::avx2);
-      EXPECT_EQ(select_kernel(operation, dtype, having(all_names), std::nullopt, few + 1).isa, Isa::avx512);
+      EXPECT_EQ(select_kernel(operation, dtype, having(avx512_names), std::nullopt, few + 1).isa, Isa::avx512);
+      EXPECT_EQ(select_kernel(operation, dtype, having(all_names), std::nullopt, few + 1).isa,
+                dtype == DType::bf16 ? Isa::amx : Isa::avx512);
       EXPECT_EQ(select_kernel(operation, dtype, having(all_names), Isa::avx512, few).isa, Isa::avx512);
     }
 }
@@ -125,7 +148,13 @@ TEST(Table, RefusalsNameWhatIsMissing) {
 
 TEST(Table, ForcingChoosesAmongTheRunnable) {
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
-    EXPECT_EQ(select_kernel(Operation::attention_backward, DType::f64, having(all_names), isa).isa, isa);
+    for (const DType dtype : dtypes)
+      EXPECT_EQ(select_kernel(Operation::attention_backward, dtype, having(all_names), isa).isa, isa);
+  for (const DType dtype : dtypes)  // what it has no kernel for is served by the set that it extends
+    EXPECT_EQ(select_kernel(Operation::attention_backward, dtype, having(all_names), Isa::amx, /*k_len=*/1).isa,
+              dtype == DType::bf16 ? Isa::amx : Isa::avx512);
+  const Kernel& avx512 = select_kernel(Operation::attention_forward, DType::bf16, having(all_names), Isa::avx512);
+  EXPECT_EQ(refusal(avx512, having(all_names), Isa::amx), "amx is forced");
   const std::string text = message<std::runtime_error>(
       [] { select_kernel(Operation::attention_forward, DType::f32, having({"sse2", "avx2", "f16c"}), Isa::avx2); });
   EXPECT_EQ(text,
@@ -161,7 +190,8 @@ TEST(Table, NamesOfInstructionSets) {
 #if defined(__x86_64__)
   EXPECT_EQ(parse_isa("avx2"), Isa::avx2);
   EXPECT_EQ(parse_isa("avx512"), Isa::avx512);
-  EXPECT_EQ(isa_names(), "scalar, avx2, avx512");
+  EXPECT_EQ(parse_isa("amx"), Isa::amx);
+  EXPECT_EQ(isa_names(), "scalar, avx2, avx512, amx");
   EXPECT_EQ(parse_isa("neon"), std::nullopt);  // known, but not built here
 #elif defined(__aarch64__)
   EXPECT_EQ(parse_isa("neon"), Isa::neon);
@@ -197,7 +227,7 @@ void expect_runs(Isa isa) {
 }
 
 TEST_F(Forcing, RestrictsWhatRuns) {
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon}) {
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon}) {
     const auto missing = missing_features(isa, cpu_features());
     if (!parse_isa(to_string(isa))) continue;
     if (!missing.empty()) {
@@ -207,7 +237,8 @@ TEST_F(Forcing, RestrictsWhatRuns) {
     }
     force_isa(to_string(isa));
     EXPECT_EQ(forced_isa(), isa);
-    expect_runs<float>(isa), expect_runs<double>(isa), expect_runs<BFloat16>(isa), expect_runs<Float16>(isa);
+    const Isa others = isa == Isa::amx ? Isa::avx512 : isa;
+    expect_runs<float>(others), expect_runs<double>(others), expect_runs<BFloat16>(isa), expect_runs<Float16>(others);
   }
   unforce_isa();
   EXPECT_EQ(forced_isa(), std::nullopt);

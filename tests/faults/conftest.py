@@ -3,8 +3,6 @@ import torch
 
 from mmca_ext import _C
 
-from .common import DTYPES, ISAS
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -15,7 +13,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=ISAS)
+def pytest_generate_tests(metafunc):
+    """Not as the fixtures' params: pytest imports this file before it has read --device, and cases.py asks for it."""
+    from .common import DTYPES, ISAS
+
+    marks = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0].split(", ")}
+    for name, values, ids in (("dtype", DTYPES, lambda dtype: str(dtype)[6:]), ("isa", ISAS, None)):
+        if name in metafunc.fixturenames and name not in marks:
+            metafunc.parametrize(name, values, indirect=True, ids=ids)
+
+
+@pytest.fixture
 def isa(request):
     """The instruction set the kernels of this test are forced to."""
     _C.force_isa(request.param)
@@ -23,6 +31,6 @@ def isa(request):
     _C.force_isa(None)
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.fixture
 def dtype(request):
     return request.param

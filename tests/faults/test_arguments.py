@@ -267,7 +267,7 @@ def test_nothing_where_a_tensor_has_to_be(name):
     """None arrives at an operator as a tensor without shape, dtype and device."""
     arguments, message = {**dense(), name: None}, f"{name} must be a tensor, got None"
     assert_refused(TypeError, message, lambda: functional.attention(**arguments))
-    numbers = (False, "self", "sum", None, 0.0, False, -1, -1, None, None, 0.0)
+    numbers = (False, "self", "sum", None, 0.0, False, -1, -1, None, None, 0.0, False)
     assert_refused(TypeError, message, lambda: ops.attention(*arguments.values(), *[None] * 8, *numbers))
 
 
@@ -353,7 +353,9 @@ def test_another_device(name, entry):
 
 def test_kernels_entry_points_want_the_cpu():
     arguments = {name: t.to("meta") for name, t in dense().items()}
-    assert_refused(ValueError, r"tensors must be on the CPU, got meta", lambda: _C.attention_forward(**arguments))
+    assert_refused(
+        ValueError, r"tensors must be on the CPU or a CUDA device, got meta", lambda: _C.attention_forward(**arguments)
+    )
 
 
 REFERENCE = [

@@ -1,0 +1,5 @@
+#include "cuda/sm80/backward.cuh"
+
+namespace mmca::cuda::sm80 {
+template void attention_backward<Float16>(const Launch& launch);
+}

@@ -1,0 +1,7 @@
+#include "cuda/sm80/decode.cuh"
+
+namespace mmca::cuda::sm80 {
+
+template void split_forward<Float16>(const Launch&);
+
+}  // namespace mmca::cuda::sm80
