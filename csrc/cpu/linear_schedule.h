@@ -109,7 +109,7 @@ class SweepStage {
   ~SweepStage() = default;
 };
 
-inline constexpr int segment_chunks = 32;
+inline constexpr int segment_chunks = 48;
 
 void run_sweep(const SweepStage& stage, Executor& executor);
 
