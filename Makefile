@@ -13,11 +13,11 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_INPUTS := setup.py cuda_compiler.py pyproject.toml build_backend.py $(shell find csrc -not -name CMakeLists.txt)
 CPP_FILES     = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test bench bench-cpp fuzz soak emulated cuda-report mutants packaging sanitize neon lint format build clean
+.PHONY: help demo test bench results bench-cpp fuzz soak emulated cuda-report mutants packaging sanitize neon lint format build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS BENCH_CPP_ARGS FUZZ_CASES MUTANTS'
+	@echo '  variables: PYTHON VENV TORCH_SPEC TESTS DEMO_ARGS BENCH_ARGS RESULTS BENCH_CPP_ARGS FUZZ_CASES MUTANTS'
 	@echo '             (CUDA: see setup.py)'
 
 demo: build  ## train the captioner on real digits and draw what it looks at
@@ -26,8 +26,15 @@ demo: build  ## train the captioner on real digits and draw what it looks at
 test: build $(VENV)/.cpp-tools  ## all tests (TESTS="tests/test_x.py -k y" for some)
 	$(PY) -m pytest -q $(TESTS)
 
-bench: build $(VENV)/.cpp-tools  ## side by side with torch's own attention
+bench: build $(VENV)/.cpp-tools  ## side by side with torch's own attention; linear attention against length
 	$(PY) -m bench $(BENCH_ARGS)
+	$(if $(BENCH_ARGS),,$(PY) -m bench linear)
+
+RESULTS ?= bench/results/cpu.json
+results: build  ## measure all that RESULTS holds, and put it into the figures and the README (a quiet machine, 20 minutes)
+	for part in run scaling linear; do $(PY) -m bench $$part --json $(RESULTS) || exit 1; done
+	$(PY) -m bench plot $(RESULTS)
+	$(PY) -m bench readme $(RESULTS)
 
 bench-cpp: $(VENV)/.cpp-tools  ## the kernels without torch, beside what the processor can do at most (BENCH_CPP_ARGS)
 	cmake -S bench/cpp -B build/bench-cpp && cmake --build build/bench-cpp --parallel

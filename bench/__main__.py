@@ -24,6 +24,7 @@ HELD = {
 COMMANDS = {
     "run": "time every case of the table against its peers (the default command)",
     "scaling": "time against length, image share and number of keys",
+    "linear": "time and memory of linear attention against length",
     "gpu": "time our CUDA kernels against torch's on a GPU",
     "plot": "draw the figures of a results file",
     "compare": "what differs between two results files",
@@ -37,7 +38,7 @@ def parse(argv):
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     added = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    for name, seconds in (("run", 2.0), ("scaling", 1.0)):
+    for name, seconds in (("run", 2.0), ("scaling", 1.0), ("linear", 0.5)):
         timed = added[name]
         timed.add_argument("--filter", default="", help="only cases whose name contains this")
         timed.add_argument("--seconds", type=float, default=seconds, help="per case and direction")
@@ -48,7 +49,7 @@ def parse(argv):
             help="hold torch and our kernels to this instruction set (ours alone: the environment's MMCA_EXT_ISA)",
         )
         timed.add_argument(
-            "--json", type=Path, help="write the results here; what the other of run and scaling wrote there is kept"
+            "--json", type=Path, help="write the results here; what run, scaling or linear wrote there before is kept"
         )
     gpu = added["gpu"]
     gpu.add_argument("--filter", default="", help="only cases whose name contains this")
@@ -89,7 +90,7 @@ def main(argv=None):
     from . import results
 
     try:
-        if options.command in ("run", "scaling"):
+        if options.command in ("run", "scaling", "linear"):
             from . import measure
 
             measure.run(options, argv)

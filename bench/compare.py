@@ -2,7 +2,7 @@
 
 import math
 
-from .results import all_rows
+from .results import about, all_rows
 
 # Facts that make figures of two files hard to compare where they differ.
 SETTING = ("cpu", "machine", "threads", "isa", "torch", "torch_cpu_capability", "environment")
@@ -29,7 +29,7 @@ def changes(before, after):
 
 def show(before, after):
     for fact in SETTING:
-        old, new = (results.get("about", {}).get(fact) for results in (before, after))
+        old, new = (about(results).get(fact) for results in (before, after))
         if old != new:
             print(f"note: {fact} differs: {old} and {new}")
     compared = changes(before, after)

@@ -15,9 +15,8 @@ import torch
 import mmca_ext
 from mmca_ext import _C
 
-from . import results
+from . import linear, memory, results, scaling
 from .cases import all_cases
-from .scaling import all_series
 from .timing import interleave, ratio
 
 MATMUL = 1024  # rows, columns and depth of the matmul whose rate is the measure of this machine
@@ -26,20 +25,26 @@ VARIABLES = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "OMP_", "KMP_", "MMCA_EXT_")
 
 
 def run(options, argv):
-    """The commands `run` and `scaling`."""
+    """The commands `run`, `scaling` and `linear`."""
+    kept = memory.keep() if options.command == "linear" else False
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.json and options.json.exists():
         results.load(options.json)  # refused now rather than after minutes
     try:
-        about = facts(argv)
+        about = facts(argv, "linear_forward" if options.command == "linear" else "")
     except ValueError as error:  # an MMCA_EXT_ISA that this processor or binary lacks
         raise results.Problem(str(error)) from None
-    part = "scaling" if options.command == "scaling" else "rows"
-    cases = all_series() if part == "scaling" else [({}, case) for case in all_cases()]
-    cases = [(place, case) for place, case in cases if options.filter in case.name]
+    part, cases = {
+        "run": ("rows", lambda: [({}, case) for case in all_cases()]),
+        "scaling": ("scaling", scaling.all_series),
+        "linear": ("linear", linear.all_series),
+    }[options.command]
+    cases = [(place, case) for place, case in cases() if options.filter in case.name]
     if not cases:
         raise results.Problem(f"no case has {options.filter!r} in its name")
+    if part == "linear":
+        about["memory_kept"] = kept
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(
         f"{'case':52} {'peer':24} {'direction':9} {'ratio':>7} {'quartiles':>15} {'goal':>6} {'ours':>11} {'GF/s':>6} "
@@ -53,8 +58,17 @@ def run(options, argv):
     reached = [row["ratio"] >= row["goal"] for row in rows if row["goal"]]
     if reached:
         print(f"goals reached: {sum(reached)} of {len(reached)}")
+    measured = {"about": about, "rows": rows, "failures": failures}
+    if part == "linear":
+        measured["exponents"] = linear.exponents(rows, options.seconds)
+        for fit in measured["exponents"]:
+            goal = f", goal {fit['goal']:g} at most" if fit["goal"] else ""
+            print(
+                f"{fit['series']}, {fit['direction']}, {fit['what']}: "
+                f"time grows with the length to the power {fit['exponent']:.3f} ({fit['from']} to {fit['to']}{goal})"
+            )
     if options.json:
-        results.save(options.json, part, {"about": about, "rows": rows, "failures": failures})
+        results.save(options.json, part, measured)
 
 
 def line(row):
@@ -64,8 +78,14 @@ def line(row):
     share = f"{row['matmul_share']:.0%}" if row["matmul_share"] else "-"
     return (
         f"{row['case']:52} {row['peer']:24} {row['direction']:9} {row['ratio']:7.2f} {quartiles:>15} {goal:>6} "
-        f"{row['ours_us']:9.0f}us {gflops:>6} {share:>9}"
+        f"{row['ours_us']:9.0f}us {gflops:>6} {share:>9}{of_memory(row)}"
     )
+
+
+def of_memory(row):
+    if row.get("ours_bytes") is None or row.get("peer_bytes") is None:
+        return ""
+    return f"   {row['ours_bytes'] / 1e6:.1f} MB, the peer {row['peer_bytes'] / 1e6:.1f} MB"
 
 
 def measure(case, seconds, failures):
@@ -75,7 +95,7 @@ def measure(case, seconds, failures):
     calls = {"ours": case.ours}
     for name, call in case.peers.items():
         try:
-            attempt(call, inputs, wanted, case.backward)
+            attempt(call, inputs, wanted if case.backward else None)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             print(f"{case.name:52} {name:24} fails: {reason}", flush=True)
@@ -87,8 +107,9 @@ def measure(case, seconds, failures):
     with torch.no_grad():
         beside = {**calls, **case.beside}
         turns = [lambda call=call: call(*inputs) for call in beside.values()]
-        times = interleave(turns + [matmul] * bool(matmul), seconds)
-    rows = list(as_rows(case, "forward", beside, times, 1.0))
+        times = interleave(turns + [matmul] * bool(matmul), seconds, case.rounds)
+        peaks = {name: peak_beside(lambda call=call: call(*inputs)) for name, call in beside.items() if case.memory}
+    rows = list(as_rows(case, "forward", beside, times, 1.0, peaks))
     outputs = {name: as_tuple(call(*inputs)) for name, call in calls.items()}
     check(case, outputs)
     if case.backward:
@@ -97,13 +118,16 @@ def measure(case, seconds, failures):
             lambda output=output: torch.autograd.grad(output, wanted, gradients, retain_graph=True)
             for output in outputs.values()
         ]
-        times = interleave(turns + [matmul] * bool(matmul), seconds)
-        rows += as_rows(case, "backward", calls, times, 2.5)
+        times = interleave(turns + [matmul] * bool(matmul), seconds, case.rounds)
+        del turns, outputs  # and what they keep for the backward
+        both = lambda call: attempt(call, inputs, wanted, gradients)  # noqa: E731
+        peaks = {name: peak_beside(lambda call=call: both(call)) for name, call in calls.items() if case.memory}
+        rows += as_rows(case, "backward", calls, times, 2.5, peaks)
     return rows
 
 
-def as_rows(case, direction, names, times, factor):
-    """`times` of ours, of the peers in `names`, and of the matmul where it took part."""
+def as_rows(case, direction, names, times, factor, peaks):
+    """`times` of ours, of the peers in `names`, and of the matmul where it took part; `peaks` of their memory."""
     ours = statistics.median(times[0])
     shares = [None] * len(names)
     if len(times) > len(names):
@@ -131,13 +155,24 @@ def as_rows(case, direction, names, times, factor):
             "matmul_share": shares[0],
             "peer_matmul_share": None if name in case.beside else shares[index],
             "rounds": len(times[0]),
+            **({"ours_bytes": peaks["ours"], "peer_bytes": peaks[name]} if peaks else {}),
         }
 
 
-def attempt(call, inputs, wanted, backward):
+def attempt(call, inputs, wanted, gradients=None):
+    """A forward, and a backward where something is wanted of it; all that they return."""
     outputs = as_tuple(call(*inputs))
-    if backward:
-        torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs])
+    if not wanted:
+        return outputs
+    gradients = gradients or [torch.ones_like(output) for output in outputs]
+    return *outputs, *torch.autograd.grad(outputs, wanted, gradients)
+
+
+def peak_beside(call):
+    """The most memory that call() has beyond inputs and results, in bytes; None: cannot be measured here."""
+    returned = []
+    peak = memory.peak(lambda: returned.extend(as_tuple(call())))
+    return peak and max(0, peak - sum(tensor.nbytes for tensor in returned))
 
 
 def as_tuple(outputs):
@@ -170,7 +205,8 @@ def square_matmul():
     return call
 
 
-def facts(argv):
+def facts(argv, op=""):
+    """Of this run; `isa` is that of the first kernel chosen for `op`, or for anything."""
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "bench", *argv]),
@@ -179,7 +215,7 @@ def facts(argv):
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "isa": next(k["isa"] for k in _C.kernels() if k["selected"]),
+        "isa": next(k["isa"] for k in _C.kernels() if k["selected"] and op in k["op"]),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mmca_ext": mmca_ext.__version__,
         "commit": _C.build_info().get("commit"),

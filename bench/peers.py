@@ -136,3 +136,32 @@ def mmca_sliced(query, key, value, segments, image_rows):
 
 
 MMCA_PEERS = {"eager": mmca_eager, "two masked SDPA": mmca_two_masked, "sliced SDPA": mmca_sliced}
+
+
+def phi(x):
+    return F.elu(x) + 1
+
+
+def linear_products(query, key, value):
+    """Linear attention that is not causal: two products."""
+    query, key = phi(query), phi(key)
+    normal = query @ key.sum(2)[..., None]
+    return query @ (key.transpose(2, 3) @ value) / normal
+
+
+def linear_cumulative(query, key, value):
+    """Causal linear attention as its formula reads: the sum of outer products up to every token, all of them kept."""
+    query, key = phi(query), phi(key)
+    sums = torch.einsum("bhld,bhle->bhlde", key, value).cumsum(2)
+    normal = (query * key.cumsum(2)).sum(-1, keepdim=True)
+    return torch.einsum("bhld,bhlde->bhle", query, sums) / normal
+
+
+def linear_chunked(query, key, value, chunk=128):
+    """Causal linear attention in chunks, all at once: scores within a chunk, a sum of outer products before it."""
+    query, key, value = (t.unflatten(2, (-1, chunk)) for t in (phi(query), phi(key), value))
+    sums, normals = key.transpose(3, 4) @ value, key.sum(3)
+    scores = (query @ key.transpose(3, 4)).tril()
+    out = scores @ value + query @ (sums.cumsum(2) - sums)
+    normal = scores.sum(-1, keepdim=True) + query @ (normals.cumsum(2) - normals)[..., None]
+    return (out / normal).flatten(2, 3)

@@ -1,8 +1,10 @@
 """Figures of a results file: what it lacks is said, and the rest drawn."""
 
+from functools import partial
+
 from .results import Problem, load
 
-OURS, PEERS = "#2f6fab", ("#d9822b", "#2e8b57", "#8e5ea2")
+OURS, PEERS = "#2f6fab", ("#d9822b", "#2e8b57", "#8e5ea2", "#7f7f7f", "#b22222")
 FORWARD, BACKWARD, GOAL = "#2f6fab", "#d9822b", "#222222"
 WAYS = ("forward", "backward")
 
@@ -16,19 +18,21 @@ def draw(path, folder, kind):
     except OSError as error:
         raise Problem(f"{folder}: {error.strerror}") from None
     rows, scaling = results.get("rows", []), results.get("scaling", {}).get("rows", [])
+    linear = results.get("linear", {})
     figures = {
         "ratios": (ratios, [row for row in rows if row.get("same_result", True)], "run"),
         "matmul_share": (shares, [row for row in rows if row.get("matmul_share")], "run"),
         "length": (length, series(scaling, "attention", "causal attention"), "scaling"),
         "image_share": (image_share, series(scaling, "MMCA self", "MMCA block"), "scaling"),
         "decode": (decode, series(scaling, "decode fp32", "decode bf16", "decode fp16"), "scaling"),
+        "linear": (partial(growth, linear.get("exponents", [])), linear.get("rows", []), "linear"),
     }
     for name, (picture, data, command) in figures.items():
         if not data:
             print(f"no {name}: {path} has no such rows; `python -m bench {command} --json {path}` measures them")
             continue
         figure = picture(plt, data)
-        about = results["about"] if command == "run" else results["scaling"]["about"]
+        about = results["about"] if command == "run" else results[command]["about"]
         figure.text(0.995, 0.0, source(about), ha="right", va="top", fontsize=7, color="0.4")
         target = folder / f"{path.stem}_{name}.{kind}"
         # Nothing that changes from call to call: the same results give the same file.
@@ -167,3 +171,41 @@ def image_share(plt, rows):
 def decode(plt, rows):
     names = list(dict.fromkeys(row["series"] for row in rows))
     return panels(plt, rows, names, WAYS[:1], "One query row, 8/2 heads of 64: time against keys", "keys", True)
+
+
+def growth(exponents, plt, rows):
+    """Linear attention: time of either direction, and memory of the forward, over the length."""
+    powers = {(fit["series"], fit["direction"], fit["what"]): fit["exponent"] for fit in exponents}
+    names, whats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("series", "peer"))
+    colors = {"ours": OURS, **dict(zip(whats, PEERS * len(whats), strict=False))}
+    pictures = [("forward", "us", 1e-3, "ms (median)"), ("backward", "us", 1e-3, "ms (median)")]
+    pictures.append(("forward", "bytes", 1e-6, "MB beyond inputs and output"))
+    size = 4.3 * len(pictures), 3.5 * len(names)
+    figure, grid = plt.subplots(len(names), len(pictures), figsize=size, squeeze=False, layout="constrained")
+    for axes_of_series, name in zip(grid, names, strict=True):
+        for axes, (way, unit, factor, ylabel) in zip(axes_of_series, pictures, strict=True):
+            chosen = [row for row in series(rows, name) if row["direction"] == way]
+            chosen = [row for row in chosen if row.get(f"ours_{unit}") is not None]
+            points = {"ours": {row["x"]: row[f"ours_{unit}"] for row in chosen}}
+            for row in chosen:
+                points.setdefault(row["peer"], {})[row["x"]] = row[f"peer_{unit}"]
+            for what, at in points.items():
+                power = powers.get((name, way, what)) if unit == "us" else None
+                label = what if power is None else f"{what}: length to the {power:.2f}"
+                # Less than the system counts is drawn at the least it does.
+                ys = [max(y * factor, 0.1) if unit == "bytes" else y * factor for y in at.values()]
+                style = "o-" if what == "ours" else "s--"
+                axes.plot(list(at), ys, style, color=colors[what], label=label, markersize=4)
+            ticks = sorted(points["ours"])
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{x // 1024}k" if x < 2**20 else f"{x // 2**20}M" for x in ticks], fontsize=7)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.grid(color="0.92")
+            axes.set_title(f"{name}, {way}" + ", memory" * (unit == "bytes"), fontsize=10)
+            axes.set_ylabel(ylabel)
+            axes.legend(fontsize=7)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens")
+    figure.suptitle("Linear attention, float32, 2 heads of 64: time and memory against length")
+    return figure

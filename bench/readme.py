@@ -1,10 +1,11 @@
-"""The README's table, made from a results file. It has no goals: they are the project's own affair."""
+"""The README's tables, made from a results file. They have no goals, which are the project's own affair."""
 
 import re
 from pathlib import Path
 
 from .results import Problem
 
+LINEAR = re.compile(r"<!-- linear: (\S+) -->\n(.*?)<!-- /linear -->", re.DOTALL)
 MARKED = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- /results -->", re.DOTALL)
 
 
@@ -30,21 +31,61 @@ def table(rows):
     return "\n".join(lines)
 
 
+def linear_table(part, series="causal linear attention"):
+    """Markdown: a line for each length of the forward, a column for ours and each peer, how time grows last."""
+    rows = [row for row in part["rows"] if row["series"] == series and row["direction"] == "forward"]
+    cells, whats = {}, ["ours", *dict.fromkeys(row["peer"] for row in rows)]
+    for row in rows:
+        for what in ("ours", row["peer"]):
+            side = "ours" if what == "ours" else "peer"
+            cells[row["x"], what] = f"{duration(row[f'{side}_us'])}, {size(row.get(f'{side}_bytes'))}"
+    lines = [f"| tokens | {' | '.join(whats)} |", "|---" * (1 + len(whats)) + "|"]
+    for x in sorted({row["x"] for row in rows}):
+        lines.append(f"| {x} | {' | '.join(cells.get((x, what), '') for what in whats)} |")
+    powers = {
+        fit["what"]: f"length^{fit['exponent']:.2f}"
+        for fit in part.get("exponents", [])
+        if (fit["series"], fit["direction"]) == (series, "forward")
+    }
+    if powers:
+        lines.append(f"| time grows as | {' | '.join(powers.get(what, '') for what in whats)} |")
+    return "\n".join(lines)
+
+
+def duration(us):
+    return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us / 1e3:.0f} ms" if us >= 2e4 else f"{us / 1e3:.1f} ms"
+
+
+def size(count):
+    return "-" if count is None else "under 1 MB" if count < 1e6 else f"{count / 1e6:.0f} MB"
+
+
+def setting(about):
+    cpu = about.get("cpu", "a shared virtual machine")
+    return (
+        f"{about['threads']} threads of {cpu}, our {about['isa']} kernels against\n"
+        f"torch {about['torch']} ({about['torch_cpu_capability']}), {about['date']} "
+    )
+
+
 def write(results, source, readme=Path("README.md")):
-    """Puts the results between the README's markers."""
+    """Puts the results between the README's markers: of `run`, and of `linear` where the file has them."""
     if "rows" not in results:
         raise Problem(f"{source} has no rows: `python -m bench run --json {source}` measures them")
-    about = results["about"]
-    cpu = about.get("cpu", "a shared virtual machine")
-    text = (
-        f"<!-- results: {source} -->\n"
-        f"Times faster than the peer, {about['threads']} threads of {cpu}, our {about['isa']} kernels against\n"
-        f"torch {about['torch']} ({about['torch_cpu_capability']}), {about['date']} "
-        f"([all figures]({source})):\n\n"
-        f"{table(results['rows'])}\n"
-        "<!-- /results -->"
-    )
-    before = readme.read_text()
-    if not MARKED.search(before):
-        raise Problem(f"{readme} has no place for results: <!-- results: FILE --> to <!-- /results -->")
-    readme.write_text(MARKED.sub(lambda _: text, before))
+    texts = {
+        MARKED: f"<!-- results: {source} -->\nTimes faster than the peer, {setting(results['about'])}"
+        f"([all figures]({source})):\n\n{table(results['rows'])}\n<!-- /results -->"
+    }
+    if "linear" in results:
+        texts[LINEAR] = (
+            f"<!-- linear: {source} -->\nA causal forward, float32, 2 heads of 64, and what memory it takes beyond\n"
+            f"inputs and output; {setting(results['linear']['about'])}([all figures]({source})):\n\n"
+            f"{linear_table(results['linear'])}\n<!-- /linear -->"
+        )
+    text = readme.read_text()
+    for marked, part in texts.items():
+        if not marked.search(text):
+            name = "results" if marked is MARKED else "linear"
+            raise Problem(f"{readme} has no place for results: <!-- {name}: FILE --> to <!-- /{name} -->")
+        text = marked.sub(lambda _, part=part: part, text)
+    readme.write_text(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, measure, readme, results, scaling
+from bench import cases, compare, linear, measure, memory, readme, results, scaling
 from bench.__main__ import HELD, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,18 +33,47 @@ def point(series, x, direction="forward"):
     return row(f"{series} {x}", 2.0, series=series, x=x, ours_us=10.0 * x, peer_us=20.0 * x, direction=direction)
 
 
-def written(path, rows, scaling_rows=()):
-    part = {"about": ABOUT, "rows": rows}
-    path.write_text(json.dumps({**part, "scaling": {"about": ABOUT, "rows": scaling_rows}} if scaling_rows else part))
+def written(path, rows, scaling_rows=(), linear_rows=(), fits=()):
+    parts = {"about": ABOUT, "rows": rows}
+    if scaling_rows:
+        parts["scaling"] = {"about": ABOUT, "rows": scaling_rows}
+    if linear_rows:
+        parts["linear"] = {"about": ABOUT, "rows": linear_rows, "exponents": fits}
+    path.write_text(json.dumps(parts))
     return path
 
 
+def linear_point(x, direction="forward", peer="torch, chunked", **more):
+    sizes = {"ours_bytes": 3e5, "peer_bytes": 4e3 * x}
+    return point("causal linear attention", x, direction) | {"peer": peer, **sizes, **more}
+
+
+def fit(what, exponent, direction="forward"):
+    return {"series": "causal linear attention", "direction": direction, "what": what, "exponent": exponent}
+
+
+SHORT = [128, 256, 512]
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The smallest case, and the smallest point of a series, into one file."""
+def short_lengths():
+    """Linear attention with lengths of a few chunks, in a process that still gives its memory back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "LENGTHS", SHORT)
+        patch.setattr(linear, "CUMULATIVE_UP_TO", 128)
+        patch.setattr(linear, "SOFTMAX_UP_TO", {True: 256, False: 128})
+        patch.setattr(linear, "MILLION", 1024)
+        patch.setattr(memory, "keep", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, short_lengths):
+    """The smallest case, the smallest point of a series, and short linear attention, into one file."""
     path = tmp_path_factory.mktemp("bench") / "results.json"
     assert main(["--filter", "one number", "--seconds", "0", "--json", str(path)]) == 0  # `run` is the default
     assert main(["scaling", "--filter", "decode fp32, 512 keys", "--seconds", "0", "--json", str(path)]) == 0
+    assert main(["linear", "--seconds", "0", "--json", str(path)]) == 0
     return path
 
 
@@ -60,6 +89,89 @@ def test_results_say_how_they_came_about(measured):
     for r in results.all_rows(file):
         assert 0 < r["low"] <= r["ratio"] <= r["high"] and r["rounds"] >= 7 and r["ours_us"] > 0 and r["peer_us"] > 0
     assert [(r["series"], r["x"]) for r in file["scaling"]["rows"]] == [("decode fp32", 512)]
+
+
+def test_linear_attention_over_length(measured):
+    """Every point has ours beside plain torch, softmax where it is affordable, and the power that time grows with."""
+    part = results.load(measured)["linear"]
+    assert part["about"]["memory_kept"] is False and part["failures"] == []
+    found = {}
+    for r in part["rows"]:
+        found.setdefault((r["series"], r["direction"], r["peer"]), []).append(r["x"])
+    causal, softmax = "causal linear attention", ("softmax, SDPA", "softmax, ours")
+    assert found == {
+        ("linear attention", "forward", "torch"): SHORT,
+        ("linear attention", "backward", "torch"): SHORT,
+        **{("linear attention", "forward", peer): SHORT[:1] for peer in softmax},
+        (causal, "forward", "torch, chunked"): SHORT,
+        (causal, "backward", "torch, chunked"): SHORT,
+        (causal, "forward", "torch, cumulative"): SHORT[:1],
+        (causal, "backward", "torch, cumulative"): SHORT[:1],
+        **{(causal, "forward", peer): SHORT[:2] for peer in softmax},
+        (causal, "forward", f"ours in {linear.CALLS} calls"): [1024],
+    }
+    fits = {(fit["series"], fit["direction"], fit["what"]): fit for fit in part["exponents"]}
+    assert {what for *_, what in fits} == {"ours", "torch", "torch, chunked"} and len(fits) == 8
+    for (*_, what), found in fits.items():
+        assert (found["from"], found["to"]) == (128, 512) and -1 < found["exponent"] < 3
+        assert found["goal"] == (linear.EXPONENT_GOAL if what == "ours" else None)
+
+
+def test_the_power_that_time_grows_with(monkeypatch):
+    assert linear.slope({x: 3 * x**1.7 for x in (64, 128, 1024)}) == pytest.approx(1.7)
+    monkeypatch.setattr(linear, "LENGTHS", SHORT)
+    # One slow round of three, and two lengths that are slow throughout: the median of the rounds' slopes.
+    rounds = [[x**1.1 for x in SHORT], [100.0 * x for x in SHORT], [x**3.0 for x in SHORT]]
+    monkeypatch.setattr(linear, "in_turn", lambda series, direction, lengths, seconds: rounds)
+    rows = [linear_point(x) | {"peer_us": x**2.0} for x in SHORT] + [linear_point(1024, peer="softmax")]
+    fits = {fit["what"]: fit["exponent"] for fit in linear.exponents(rows, 0.0)}
+    assert fits == {"ours": pytest.approx(1.1), "torch, chunked": pytest.approx(2.0)}
+    assert linear.exponents(rows[:2], 0.0) == []
+
+
+def test_linear_peers_are_linear_attention():
+    """Also the gradients, which measure does not compare."""
+    for _, case in linear.all_series():
+        inputs = [t.detach()[:, :, :256].double().requires_grad_() for t in case.tensors()] if case.peers else []
+        outs = {name: call(*inputs) for name, call in {"ours": case.ours, **case.peers}.items()} if inputs else {}
+        for out in outs.values():
+            torch.testing.assert_close(out, outs["ours"], rtol=1e-10, atol=1e-12)
+            found = torch.autograd.grad(out.sin().sum(), inputs, retain_graph=True)
+            wanted = torch.autograd.grad(outs["ours"].sin().sum(), inputs, retain_graph=True)
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+        if case.name.endswith(f" {linear.LENGTHS[1]} tokens") and "causal" in case.name:
+            break
+
+
+PEAKS = """
+import torch
+from bench import memory
+kept, size = memory.keep(), 30 << 20
+call = lambda: torch.ones(2 * size, dtype=torch.uint8)[: size].clone()
+call()  # whose code is in memory now
+for _ in range(2):  # the second time in memory that the first left
+    print(kept, memory.peak(call), memory.peak(lambda: None))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from linux's /proc")
+def test_peak_of_memory():
+    """In a process of its own, whose allocator is told to keep what is freed."""
+    done = subprocess.run([sys.executable, "-c", PEAKS], cwd=ROOT, check=True, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 2
+    for kept, peak, nothing in lines:
+        if peak == "None":
+            pytest.skip("no malloc_trim here, or clear_refs may not be written")
+        assert kept == "True"
+        assert int(peak) == pytest.approx(90 << 20, abs=3 << 20) and int(nothing) < 3 << 20
+
+
+def test_memory_is_beyond_inputs_and_results(monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda call: (call() and None) or 10_000)
+    assert measure.peak_beside(lambda: (torch.zeros(100), torch.zeros(50))) == 10_000 - 600
+    monkeypatch.setattr(memory, "peak", lambda call: call() and None)
+    assert measure.peak_beside(lambda: (torch.zeros(100),)) is None
 
 
 def test_a_second_run_keeps_the_series(measured, tmp_path):
@@ -86,7 +198,8 @@ def test_table_shows_the_goal(capsys):
 
 def test_every_case_of_the_goal_table_is_there():
     """And names are unique: results files are compared by them."""
-    names = [case.name for case in cases.all_cases()] + [case.name for _, case in scaling.all_series()]
+    series = [*scaling.all_series(), *linear.all_series()]
+    names = [case.name for case in cases.all_cases()] + [case.name for _, case in series]
     assert len(set(names)) == len(names)
     for part in ("cross bf16", "cross fp16", "decode bf16", "decode fp16", "packed", "MMCA block", "layer SimpleMMCA"):
         assert any(part in name for name in names)
@@ -157,18 +270,23 @@ def test_compare_tells_a_change_from_noise(tmp_path, capsys):
         tmp_path / "a.json",
         [row("planted", 1.0), row("lost", 1.0), row("noise", 1.0, spread=0.4), row("gone", 1.0)],
         [point("attention", 256)],
+        [linear_point(4096, ratio=2.0), linear_point(8192)],
     )
     after = written(
         tmp_path / "b.json",
         [row("planted", 1.3), row("lost", 0.8), row("noise", 1.3, spread=0.4), row("new", 1.0)],
         [point("attention", 256)],
+        [linear_point(4096, ratio=3.0), linear_point(8192)],
     )
     verdicts = {key[0]: verdict for key, *_, verdict in compare.changes(results.load(before), results.load(after))}
-    assert verdicts == {"planted": "faster", "lost": "slower", "noise": "", "attention 256": ""}
+    assert verdicts == {"planted": "faster", "lost": "slower", "noise": "", "attention 256": ""} | {
+        "causal linear attention 4096": "faster",
+        "causal linear attention 8192": "",
+    }
     assert main(["compare", str(before), str(after)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^planted .* 1\.00 +1\.30 +\+30\.0% +0\.14 faster$", out, re.MULTILINE)
-    assert "4 compared: 1 faster, 1 slower, 2 within the spread" in out
+    assert "6 compared: 2 faster, 1 slower, 3 within the spread" in out
     assert "only in the first: gone" in out and "only in the second: new" in out
     assert "note:" not in out
 
@@ -190,6 +308,8 @@ def test_compare_warns_of_another_machine(tmp_path, capsys):
         (json.dumps({"about": ABOUT, "rows": [{"case": "x"}]}), "row 0 has no direction"),
         (json.dumps({"about": ABOUT, "rows": [row("x", 1.0) | {"ratio": "fast"}]}), "row 0 has no ratio"),
         (json.dumps({"scaling": {"about": ABOUT, "rows": [row("x", 1.0)]}}), "scaling: row 0 has no series"),
+        (json.dumps({"linear": {"about": ABOUT, "rows": [row("x", 1.0)]}}), "linear: row 0 has no series"),
+        (json.dumps({"linear": {"about": ABOUT, "rows": [], "exponents": [{}]}}), "linear: exponent 0 has no series"),
     ],
 )
 @pytest.mark.parametrize("command", ["compare", "plot", "readme", "run"])
@@ -224,13 +344,15 @@ def test_plots_are_written_and_repeatable(tmp_path, capsys):
         for x in (512, 1024)
         for way in (ways[:1] if "decode" in name else ways)
     ]
-    path = written(tmp_path / "r.json", rows, series)
-    names = {f"r_{name}.svg" for name in ("ratios", "matmul_share", "length", "image_share", "decode")}
+    of_linear = [linear_point(x, way) for x in (4096, 2**20) for way in ways]
+    path = written(tmp_path / "r.json", rows, series, of_linear, [fit("ours", 1.006), fit("torch, chunked", 1.237)])
+    names = {f"r_{name}.svg" for name in ("ratios", "matmul_share", "length", "image_share", "decode", "linear")}
     seen = []
     for _ in range(2):
         assert main(["plot", str(path), "--out", str(tmp_path / "figures")]) == 0
         seen.append({file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()})
     assert set(seen[0]) == names and seen[0] == seen[1]
+    assert b"ours: length to the 1.01" in seen[0]["r_linear.svg"] and b"to the 1.24" in seen[0]["r_linear.svg"]
     assert b"x &amp; y" in seen[0]["r_ratios.svg"] and max(map(len, seen[0].values())) < 60_000
 
     capsys.readouterr()
@@ -260,6 +382,32 @@ def test_readme_table_is_grouped_without_goals(tmp_path):
         "<!-- /results -->",
         "after",
     ]
+
+
+def test_readme_has_linear_attention_over_length(tmp_path):
+    rows = [linear_point(4096), linear_point(8192) | {"peer_bytes": None}, linear_point(4096, peer="softmax")]
+    rows += [linear_point(4096, "backward"), point("linear attention", 4096)]
+    exponents = [fit("ours", 1.004), fit("softmax", 1.98), fit("ours", 1.5, "backward")]
+    text = tmp_path / "README.md"
+    places = "<!-- results: x.json -->\n<!-- /results -->\n"
+    text.write_text(f"{places}between\n<!-- linear: x.json -->\nold\n<!-- /linear -->\nafter\n")
+    part = {"about": ABOUT, "rows": rows, "exponents": exponents}
+    readme.write({"about": ABOUT, "rows": [row("a", 2.0)], "linear": part}, Path("y.json"), text)
+    lines = text.read_text().splitlines()
+    assert lines[lines.index("between") + 1] == "<!-- linear: y.json -->"
+    assert lines[lines.index("between") + 5 :] == [
+        "",
+        "| tokens | ours | torch, chunked | softmax |",
+        "|---|---|---|---|",
+        "| 4096 | 41 ms, under 1 MB | 82 ms, 16 MB | 82 ms, 16 MB |",
+        "| 8192 | 82 ms, under 1 MB | 164 ms, - |  |",
+        "| time grows as | length^1.00 |  | length^1.98 |",
+        "<!-- /linear -->",
+        "after",
+    ]
+    text.write_text(places)
+    with pytest.raises(results.Problem, match="no place for results: <!-- linear: FILE -->"):
+        readme.write({"about": ABOUT, "rows": [], "linear": part}, Path("y.json"), text)
 
 
 @pytest.mark.skipif(os.environ.get("MMCA_EXT_ISA") is not None, reason="the environment chose already")

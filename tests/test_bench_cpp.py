@@ -14,6 +14,7 @@ QUICK = {  # a case of each binary
     "mgqa_bench": "Mgqa/forward.fp32_documents_32x8x10_D64",
     "cross_attention_bench": "CrossAttention/backward.fp32_4_rows_100_keys_D64",
     "mmca_bench": "Mmca/backward.fp32_112_D64_block",
+    "linear_attention_bench": "LinearAttention/backward.fp32_100_D64_causal",
 }
 
 pytestmark = pytest.mark.cpp
@@ -70,7 +71,8 @@ def test_a_case_leaves_its_figures(binaries, binary, tmp_path):
     assert "scalar" in {record["isa"] for record in records}
     for record in records:
         assert f"{record['classname']}.{record['name']}" == f"{case}/{record['isa']}"
-        assert record["kernel"].startswith(f"cpu.{record['isa']}.attention_")
+        operation = "linear" if "Linear" in case else "attention"
+        assert record["kernel"].startswith(f"cpu.{record['isa']}.{operation}_")
         assert (record["dtype"], record["threads"], record["limit"]) == ("fp32", "2", "fma_gflops")
         assert int(record["rounds"]) >= 5 and int(record["compared"]) > 0
         for name in ("microseconds", "gflops", "share"):

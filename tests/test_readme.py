@@ -49,3 +49,10 @@ def test_measured_table_is_the_results_file():
     source, text = readme.MARKED.search(README).groups()
     table = readme.table(json.loads((ROOT / source).read_text())["rows"])
     assert text.endswith(f"\n\n{table}\n") and table.count("\n") > 8
+
+
+def test_linear_table_is_the_results_file():
+    """Empty as long as the file has no such measurement."""
+    source, text = readme.LINEAR.search(README).groups()
+    part = json.loads((ROOT / source).read_text()).get("linear")
+    assert text == "" if part is None else text.endswith(f"\n\n{readme.linear_table(part)}\n")

@@ -124,6 +124,7 @@ std::int64_t visible_pairs(const Problem& problem) {
 }
 
 std::unique_ptr<Subject> make_subject(const Workload& workload, DType dtype, Operation operation) {
+  if (is_linear(operation)) return make_linear_subject(workload, dtype, operation);
   test::Choices choices = workload.choices;
   const bool backward = operation == Operation::attention_backward;
   choices.lse_low = backward, choices.grad_gate = true;

@@ -11,14 +11,16 @@ namespace mmca::bench {
 class Subject {
  public:
   virtual ~Subject() = default;
-  virtual const Problem& problem() const = 0;
+  virtual const Problem& problem() const = 0;  // of linear attention: as far as sizes, keys and values go
   // Runs the kernel once. What is wrong with its results; empty: nothing.
   virtual std::string faults(const Kernel& kernel, Executor& executor) = 0;
   virtual std::size_t compared() const = 0;  // numbers, by the last call
 
   double flops() const { return flops_; }
   std::int64_t key_bytes() const;  // of keys and values together
-  void run(const Kernel& kernel, Executor& executor) const { kernel.run(problem(), make_plan(problem()), executor); }
+  virtual void run(const Kernel& kernel, Executor& executor) const {
+    kernel.run(problem(), make_plan(problem()), executor);
+  }
 
  protected:
   double flops_ = 0;
@@ -28,5 +30,6 @@ class Subject {
 std::int64_t visible_pairs(const Problem& problem);
 
 std::unique_ptr<Subject> make_subject(const Workload& workload, DType dtype, Operation operation);
+std::unique_ptr<Subject> make_linear_subject(const Workload& workload, DType dtype, Operation operation);
 
 }  // namespace mmca::bench

@@ -8,6 +8,11 @@
 // Flops: the forward's are 4 * batch * q_heads * visible pairs * head_dim, the backward's 2.5 times that. A visible
 // pair is a key that a row sees after every mask; exp, dropout and what tiles compute besides count nothing. (With a
 // value_dim of its own, 2 * (head_dim + value_dim) takes the place of 4 * head_dim.)
+//
+// Linear attention: 2 * batch * head_dim * value_dim for each key of each KV head, which is added to a state, and for
+// each row of each query head, which reads it; causal, 2 * (head_dim + value_dim) for each pair of a row and a key that
+// it sees in its own chunk of linear_chunk keys. The backward: three of the former for each key and two for each row,
+// and three times the pairs. phi, the rest of tiles, and what a kernel does twice count nothing.
 #pragma once
 
 #include <cmath>
@@ -30,6 +35,7 @@ struct Workload {
   bool backward = true;
   bool scalar = false;  // small enough for the portable kernels too
   Limit limit = Limit::multiply_add;
+  bool state = false;  // linear attention: a state comes in and goes out
 };
 
 struct Family {

@@ -109,7 +109,8 @@ class SweepStage {
   ~SweepStage() = default;
 };
 
-inline constexpr int segment_chunks = 32;
+inline constexpr int linear_chunk = 32;  // writers of a chunk; measured: 48 and more, or fewer, are slower
+inline constexpr int segment_chunks = 48;
 
 void run_sweep(const SweepStage& stage, Executor& executor);
 

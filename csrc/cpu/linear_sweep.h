@@ -110,7 +110,8 @@ template <class T>
 class Sweep {
  public:
   static constexpr int strip_rows = tile_rows<T>, width = lanes<T>;
-  static constexpr int chunk = round_up(48, width);
+  static constexpr int chunk = linear_chunk;
+  static_assert(chunk % width == 0);
 
   struct Sizes {
     int depth, values, sums;  // sums: 0 where there are none to keep
