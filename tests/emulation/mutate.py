@@ -27,15 +27,19 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "emulation_mutants"
 CALLS = ("syncthreads", "syncwarp", "cp_async_commit", "cp_async_wait")
 # The tests of a file's mutants, by the first name that fits: few and small, so that a mutant takes seconds.
-SHAPES, FORWARD, BACKWARD = (
+SHAPES, CATALOGUE, NOT_FINITE, FORWARD, BACKWARD = (
     "tests/test_emulated_kernels.py::test_shapes_of_every_gpu",
+    "tests/test_emulated_kernels.py::test_problems_of_the_catalogue",
+    "tests/test_emulated_kernels.py::test_a_row_that_is_not_finite_stays_with_the_keys_it_sees",
     "tests/test_emulated_forward.py::test_",
     "tests/test_emulated_backward.py::test_every_shape",
 )
 TESTS = {
     "csrc/cuda/plan.cu": [f"tests/test_emulated_plan.py::test_plans_agree[{seed}]" for seed in (0, 20, 40)],
     "csrc/cuda/generic/": [
-        f"{SHAPES}[float32-{name}-{dim}-80]" for name in ("plain", "mask", "groups apart") for dim in (64, 256)
+        *(f"{SHAPES}[float32-{name}-{dim}-80]" for name in ("plain", "mask", "groups apart") for dim in (64, 256)),
+        *(f"{CATALOGUE}[mmca {name}]" for name in ("self sum", "block lse")),
+        *(f"{NOT_FINITE}[{bad}-float32]" for bad in ("query", "grad_out")),
     ],
     "csrc/cuda/sm80/backward": [
         f"{BACKWARD}[{case}]"
