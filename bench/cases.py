@@ -25,7 +25,6 @@ class Case:
     beside: dict = field(default_factory=dict)  # name -> other work, a yardstick timed in turn with ours, forward only
     backward: bool = True
     parameters: list = field(default_factory=list)  # whose gradients the backward gives too
-    memory: bool = False  # measured too
     rounds: int = 7  # at least
     group: str = ""
     label: str = ""  # in the README, beside the size; default: the name

@@ -5,6 +5,7 @@ Softmax attention, which computes something else, is timed beside it as far as a
 
 import math
 import statistics
+import time
 
 import torch
 
@@ -34,7 +35,6 @@ def point(name, length, is_causal, **more):
         flops=4 * HEADS * length * DIM * DIM,
         label="fp32, causal" if is_causal else "fp32",
         size=f"batch 1, {HEADS} heads of {DIM}, {length} tokens",
-        memory=True,
         rounds=5 if length >= FEWER_ROUNDS_FROM else 7,
         **more,
     )
@@ -71,7 +71,7 @@ def all_series():
 
 def exponents(rows, seconds):
     """How time grows with length, as its power, in each series and direction of the rows. Ours is measured once more,
-    all lengths in turn: what else the machine does meets all of them. The peers' are of the rows' medians."""
+    all lengths in turn (in_turn). The peers' are of the rows' medians."""
     times = {}
     for row in rows:
         times.setdefault((row["series"], row["direction"]), {}).setdefault(row["peer"], {})[row["x"]] = row["peer_us"]
@@ -100,24 +100,23 @@ def exponents(rows, seconds):
 
 
 def in_turn(series, direction, lengths, seconds):
-    """Seconds of ours at every length, for each round."""
-    call = point(series, lengths[-1], SERIES[series], peers={})
-    longest = [t.detach() for t in call.tensors()]
+    """Seconds of ours at every length, for each round: of one thread, by its own processor time, since a long call
+    waits for other programs and a short one does not."""
+    case = point(series, lengths[-1], SERIES[series], peers={})
+    longest = [t.detach() for t in case.tensors()]
     inputs = [[t[:, :, :length].requires_grad_() for t in longest] for length in lengths]
-    if direction == "forward":
-        with torch.no_grad():
-            times = interleave([lambda parts=parts: call.ours(*parts) for parts in inputs], seconds)
-    else:
-        outs = [call.ours(*parts) for parts in inputs]
-        gradients = [torch.randn_like(out) for out in outs]
-        times = interleave(
-            [
-                lambda turn=turn: torch.autograd.grad(*turn, retain_graph=True)
-                for turn in zip(outs, inputs, gradients, strict=True)
-            ],
-            seconds,
-        )
-    return list(zip(*times, strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if direction == "forward":
+            turns = [lambda parts=parts: case.ours(*(t.detach() for t in parts)) for parts in inputs]
+        else:
+            outs = [case.ours(*parts) for parts in inputs]
+            wanted = zip(outs, inputs, [torch.randn_like(out) for out in outs], strict=True)
+            turns = [lambda turn=turn: torch.autograd.grad(*turn, retain_graph=True) for turn in wanted]
+        return list(zip(*interleave(turns, seconds, clock=time.thread_time), strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def slope(points):

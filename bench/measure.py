@@ -26,7 +26,8 @@ VARIABLES = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "OMP_", "KMP_", "MMCA_EXT_")
 
 def run(options, argv):
     """The commands `run`, `scaling` and `linear`."""
-    kept = memory.keep() if options.command == "linear" else False
+    if options.command == "linear":
+        memory.give_back()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.json and options.json.exists():
@@ -43,8 +44,10 @@ def run(options, argv):
     cases = [(place, case) for place, case in cases() if options.filter in case.name]
     if not cases:
         raise results.Problem(f"no case has {options.filter!r} in its name")
+    peaks = {}
     if part == "linear":
-        about["memory_kept"] = kept
+        peaks = {case.name: peaks_of(case) for _, case in cases}
+        about["memory_kept"] = memory.keep()
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(
         f"{'case':52} {'peer':24} {'direction':9} {'ratio':>7} {'quartiles':>15} {'goal':>6} {'ours':>11} {'GF/s':>6} "
@@ -54,7 +57,10 @@ def run(options, argv):
     for place, case in cases:
         for row in measure(case, options.seconds, failures):
             rows.append({**row, **place})
-            print(line(row), flush=True)
+            if case.name in peaks:
+                of_case = peaks[case.name][row["direction"]]
+                rows[-1] |= {"ours_bytes": of_case["ours"], "peer_bytes": of_case[row["peer"]]}
+            print(line(rows[-1]), flush=True)
     reached = [row["ratio"] >= row["goal"] for row in rows if row["goal"]]
     if reached:
         print(f"goals reached: {sum(reached)} of {len(reached)}")
@@ -108,8 +114,7 @@ def measure(case, seconds, failures):
         beside = {**calls, **case.beside}
         turns = [lambda call=call: call(*inputs) for call in beside.values()]
         times = interleave(turns + [matmul] * bool(matmul), seconds, case.rounds)
-        peaks = {name: peak_beside(lambda call=call: call(*inputs)) for name, call in beside.items() if case.memory}
-    rows = list(as_rows(case, "forward", beside, times, 1.0, peaks))
+    rows = list(as_rows(case, "forward", beside, times, 1.0))
     outputs = {name: as_tuple(call(*inputs)) for name, call in calls.items()}
     check(case, outputs)
     if case.backward:
@@ -119,15 +124,12 @@ def measure(case, seconds, failures):
             for output in outputs.values()
         ]
         times = interleave(turns + [matmul] * bool(matmul), seconds, case.rounds)
-        del turns, outputs  # and what they keep for the backward
-        both = lambda call: attempt(call, inputs, wanted, gradients)  # noqa: E731
-        peaks = {name: peak_beside(lambda call=call: both(call)) for name, call in calls.items() if case.memory}
-        rows += as_rows(case, "backward", calls, times, 2.5, peaks)
+        rows += as_rows(case, "backward", calls, times, 2.5)
     return rows
 
 
-def as_rows(case, direction, names, times, factor, peaks):
-    """`times` of ours, of the peers in `names`, and of the matmul where it took part; `peaks` of their memory."""
+def as_rows(case, direction, names, times, factor):
+    """`times` of ours, of the peers in `names`, and of the matmul where it took part."""
     ours = statistics.median(times[0])
     shares = [None] * len(names)
     if len(times) > len(names):
@@ -155,7 +157,6 @@ def as_rows(case, direction, names, times, factor, peaks):
             "matmul_share": shares[0],
             "peer_matmul_share": None if name in case.beside else shares[index],
             "rounds": len(times[0]),
-            **({"ours_bytes": peaks["ours"], "peer_bytes": peaks[name]} if peaks else {}),
         }
 
 
@@ -168,8 +169,28 @@ def attempt(call, inputs, wanted, gradients=None):
     return *outputs, *torch.autograd.grad(outputs, wanted, gradients)
 
 
+def peaks_of(case):
+    """{direction: {ours and the peers: what a call needs at most beyond inputs and results}}; the backward's with a
+    forward before it."""
+    inputs = case.tensors()
+    wanted = [*inputs, *case.parameters]
+
+    def forward(call):
+        with torch.no_grad():
+            return call(*inputs)
+
+    calls = {"ours": case.ours, **case.peers}
+    peaks = {"forward": {name: peak_beside(lambda c=c: forward(c)) for name, c in {**calls, **case.beside}.items()}}
+    if case.backward:
+        gradients = [torch.randn_like(output) for output in as_tuple(forward(case.ours))]
+        peaks["backward"] = {
+            name: peak_beside(lambda c=c: attempt(c, inputs, wanted, gradients)) for name, c in calls.items()
+        }
+    return peaks
+
+
 def peak_beside(call):
-    """The most memory that call() has beyond inputs and results, in bytes; None: cannot be measured here."""
+    """Of memory, in bytes; None: cannot be measured here."""
     returned = []
     peak = memory.peak(lambda: returned.extend(as_tuple(call())))
     return peak and max(0, peak - sum(tensor.nbytes for tensor in returned))

@@ -1,6 +1,6 @@
 """The process's memory: what a call needs at most beside its inputs and results, and memory that stays where it is.
 
-By the kernel's own count of resident pages: linux with glibc. Elsewhere nothing is measured, and nothing is kept.
+By the system's own count of resident pages: linux with glibc. Elsewhere nothing is measured, and nothing is kept.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # <malloc.h>
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8  # <malloc.h>
 
 
 def _libc(name):
@@ -19,22 +19,28 @@ def _libc(name):
         return None
 
 
+def _set(settings):
+    mallopt = _libc("mallopt")
+    return bool(mallopt and all(mallopt(name, value) for name, value in settings.items()))
+
+
+def give_back():
+    """Freed memory goes back to the system, so that peak() counts what a call has and nothing else. Whether that could
+    be had. To be called before there are threads: all share one heap, which malloc_trim reaches."""
+    return _set({ARENA_MAX: 1, MMAP_THRESHOLD: 128 << 10})
+
+
 def keep():
     """Freed memory is kept for the next call: without this every large result is fetched from the system page by page,
-    which takes longer than computing it, for all sides alike. Whether that could be had.
-
-    All threads share one heap, so that malloc_trim, below, reaches it. To be called before there are threads."""
-    mallopt = _libc("mallopt")
-    settings = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: -1}
-    return bool(mallopt and all(mallopt(name, value) for name, value in settings.items()))
+    which takes longer than computing it, for all sides alike. Whether that could be had."""
+    return _set({MMAP_MAX: 0, TRIM_THRESHOLD: -1})
 
 
 def peak(call):
     """Bytes that call() had at most, its results among them, beyond what there was before; None: cannot be known here.
 
+    After give_back(), to about a megabyte: the system counts pages in batches. The first call() counts its code too.
     In a thread of its own: the scratch memory that ours keeps from call to call is the thread's, and would be missed.
-    To about a megabyte: the system counts pages in batches. After keep(), else freed memory of other heaps is missed,
-    and a call of call(), else its code counts.
     """
     trim = _libc("malloc_trim")
     if not trim or not STATUS.exists() or not REFS.exists():
@@ -42,7 +48,7 @@ def peak(call):
     found = []
 
     def measure():
-        trim(0)  # memory that was freed and kept would be missed likewise
+        trim(0)
         before = _resident("VmRSS")
         try:
             REFS.write_text("5")  # the peak is now what is there
