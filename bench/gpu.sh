@@ -13,8 +13,8 @@
 #     gpu_<name>.json, .md      the comparison, written anew after every case
 #
 # The exit status is that of the checks. A check that outlasts its share of the time is interrupted and counts as
-# failed, and none of them needs what another one found. DRY_RUN=1 goes through all of it on a machine without a GPU: CUDA's
-# kernels on the emulated one, the benchmark small and on the CPU; BUILD_SECONDS: for its slower processor.
+# failed, and none of them needs what another one found. DRY_RUN=1 goes through all of it on a machine without a GPU:
+# CUDA's kernels on the emulated one, the benchmark small and on the CPU; BUILD_SECONDS: for its slower processor.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
