@@ -4,7 +4,7 @@
 #     bench/gpu.sh [build] [test] [sanitize] [bench]        all four without arguments
 #
 # builds for the GPU that is here; side by side, runs the suites on its kernels, four tools of compute-sanitizer over a
-# small set, and the compilers of what the benchmark compares with; then, alone, the comparison with torch's own kernels.
+# small set, and the compilers of what the benchmark compares with; then, alone, the comparison with torch's kernels.
 # Needs python3 with torch for CUDA, nvcc, ninja, pytest; no network. Under $OUT, or bench/results without it:
 #
 #     gpu_<name>_checks.md      a line a check: its result, its time, the last line it printed
@@ -12,9 +12,9 @@
 #     gpu_<name>_kernels.txt    registers, stack and spills
 #     gpu_<name>.json, .md      the comparison, written anew after every case
 #
-# The exit status is that of the checks. A check that outlasts its share of the time is interrupted and counts as failed,
-# and none of them needs what another one found. DRY_RUN=1 goes through all of it on a machine without a GPU: CUDA's
-# kernels on the emulated one, the benchmark small and on the CPU; BUILD_SECONDS: for its slower processor.
+# The exit status is that of the checks. A check that outlasts its share of the time is interrupted and counts as
+# failed, and none of them needs what another one found. DRY_RUN=1 goes through all of it on a machine without a GPU:
+# CUDA's kernels on the emulated one, the benchmark small and on the CPU; BUILD_SECONDS: for its slower processor.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -91,12 +91,13 @@ if wants test && [ -n "$dry" ]; then
   pytest "test of all suites" --device emulated "tests/test_differential.py::test_kernels_are_the_reference[0]" &
 elif wants test; then
   pytest "test on the GPU itself" $(parallel 4) tests/test_cuda.py &
-  # What starts processes is left out: none may use a GPU that it has inherited. The accuracy of thousands of cases,
-  # which each worker would measure for itself, is a check of its own.
-  pytest "test of all suites" $(parallel 6) --device cuda tests/test_autograd.py tests/test_gradcheck.py \
-    tests/test_functional_api.py tests/test_bad_packing.py tests/test_packed_layers.py tests/faults \
-    --ignore tests/faults/test_process.py &
-  pytest "test of random cases" $(parallel 4) --device cuda tests/test_differential.py -k test_kernels_are_the_reference &
+  # Many of these compare bits. What starts processes is left out: none may use a GPU that it has inherited. The
+  # accuracy of thousands of cases, which each worker would measure for itself, is a check of its own.
+  pytest "test of all suites" $(parallel 6) --device cuda --deterministic tests/test_autograd.py \
+    tests/test_gradcheck.py tests/test_functional_api.py tests/test_bad_packing.py tests/test_packed_layers.py \
+    tests/faults --ignore tests/faults/test_process.py &
+  pytest "test of random cases" $(parallel 4) --device cuda tests/test_differential.py tests/test_functional_api.py \
+    -k the_reference &
   pytest "test of accuracy" --device cuda tests/test_differential.py -k "standard or past" &
 fi
 if wants sanitize && [ -n "$dry" ]; then
@@ -107,7 +108,8 @@ elif wants sanitize && command -v compute-sanitizer >/dev/null; then
     # initcheck must see who writes what our kernels read, torch's kernels too.
     only=(--kernel-name kns=mmca); [ "$tool" = initcheck ] && only=()
     stage $check_seconds "$tool" env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
-      --tool "$tool" "${only[@]}" --error-exitcode 9 --print-limit 20 $PYTHON tests/sanitized.py --seconds $((check_seconds - 40)) &
+      --tool "$tool" "${only[@]}" --error-exitcode 9 --print-limit 20 \
+      $PYTHON tests/sanitized.py --seconds $((check_seconds - 40)) &
   done
 elif wants sanitize; then
   echo "| sanitize | not run | | compute-sanitizer is not installed |" >>"$checks"

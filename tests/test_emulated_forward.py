@@ -50,7 +50,7 @@ TILES = {
     "mask": {"attn_mask": randn(130, 270, seed=6) < 0.5},
     "bias and softcap": {"attn_mask": randn(1, 270, seed=7, dtype=torch.float32), "softcap": 5.0},
     "dropout": {"dropout_p": 0.3, "is_causal": True},
-    # The last tile of rows begins where the keys that are not hidden have ended: at no multiple of 8.
+    # A tile of 64 rows begins where the keys that are not hidden have ended: at no multiple of 8.
     "nothing to see": {"window": (10, 10), "key_mask": torch.arange(270)[None] < 173},
 }
 
