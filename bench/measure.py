@@ -46,9 +46,7 @@ def run(options, argv):
         raise results.Problem(f"no case has {options.filter!r} in its name")
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     peaks = {}
-    if (
-        part == "linear"
-    ):  # first, with an allocator that gives back; time needs one that keeps
+    if part == "linear":  # first, with an allocator that gives back; time needs one that keeps
         peaks = {case.name: peaks_of(case) for _, case in cases}
         about["memory_kept"] = memory.keep()
     print(
