@@ -44,11 +44,11 @@ def run(options, argv):
     cases = [(place, case) for place, case in cases() if options.filter in case.name]
     if not cases:
         raise results.Problem(f"no case has {options.filter!r} in its name")
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     peaks = {}
-    if part == "linear":
+    if part == "linear":  # first, with an allocator that gives back; time needs one that keeps
         peaks = {case.name: peaks_of(case) for _, case in cases}
         about["memory_kept"] = memory.keep()
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(
         f"{'case':52} {'peer':24} {'direction':9} {'ratio':>7} {'quartiles':>15} {'goal':>6} {'ours':>11} {'GF/s':>6} "
         f"{'of matmul':>9}"
@@ -190,7 +190,11 @@ def peaks_of(case):
 
 
 def peak_beside(call):
-    """Of memory, in bytes; None: cannot be measured here."""
+    """Of memory, in bytes; None: cannot be measured here, or the call fails, which measure() says."""
+    try:
+        call()  # its code, and what the autograd engine sets up, are there now
+    except RuntimeError:
+        return None
     returned = []
     peak = memory.peak(lambda: returned.extend(as_tuple(call())))
     return peak and max(0, peak - sum(tensor.nbytes for tensor in returned))

@@ -169,9 +169,13 @@ def test_peak_of_memory():
 
 
 def test_memory_is_beyond_inputs_and_results(monkeypatch):
+    def fails():
+        raise RuntimeError("no such kernel")
+
     monkeypatch.setattr(memory, "peak", lambda call: (call() and None) or 10_000)
     assert measure.peak_beside(lambda: (torch.zeros(100), torch.zeros(50))) == 10_000 - 600
     monkeypatch.setattr(memory, "peak", lambda call: call() and None)
+    assert measure.peak_beside(fails) is None
     assert measure.peak_beside(lambda: (torch.zeros(100),)) is None
 
 

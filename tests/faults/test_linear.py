@@ -181,6 +181,19 @@ def test_a_query_that_sees_nothing_has_no_influence(isa, is_causal, dtype):
     assert_same_bits(everything(tensors, key_mask=key_mask, is_causal=is_causal), expected)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_a_row_without_weight_passes_no_gradient_on(isa, bad, dtype):
+    """phi of -2000 is 0: the row is 0 whatever the values are, and what arrives for it changes nothing."""
+    tensors = [t.requires_grad_() for t in qkv(40, 45, dtype=dtype)]
+    tensors[1].data[0].fill_(-2000)
+    out = linear_attention(*tensors)
+    assert (out[0] == 0).all() and (out[1] != 0).any()
+    grad = randn(*out.shape, seed=4, dtype=dtype)
+    grad[0, :, 3] = bad
+    for gradient in torch.autograd.grad(out, tensors, grad)[1:]:
+        assert (gradient[0] == 0).all() and gradient[1].isfinite().all() and (gradient[1] != 0).any()
+
+
 def test_keys_without_rows_have_no_gradient(isa, dtype):
     tensors = qkv(0, 60, dtype=dtype)
     for t in tensors[1:]:

@@ -312,12 +312,6 @@ PORTABLE = {
             "this->phi",
         ),
         Guard(
-            "dV: keys that nobody sees",
-            [LINEAR],
-            "if (this->unseen(j)) this->zeros(x, this->padded_head_dim_);\n    else this",
-            "this",
-        ),
-        Guard(
             "dV: gradients of keys that nobody sees",
             [LINEAR],
             "if (this->unseen(j)) this->zeros(y, this->padded_value_dim_);",
@@ -329,7 +323,6 @@ PORTABLE = {
             "if (this->inverse_of(row) == T(0)) return nullptr;\n    this->weighted",
             "this->weighted",
         ),
-        Guard("dK: keys that nobody sees", [LINEAR], "if (this->unseen(j)) return this->zeros(x, padded);", ""),
         Guard("dK: gradients of keys that nobody sees", [LINEAR], "if (this->unseen(j)) {", "if (false) {"),
     ],
     "csrc/cpu/feature_map.h": [
