@@ -3,13 +3,14 @@
 As cases.py, whose way of drawing and whose promise it shares: every result is inside an a-priori bound, element by
 element, or its RMS error is at most twice that of the reference at the same precision.
 
-    python tests/linear_cases.py SEED [ISA]
+    python tests/linear_cases.py SEED [ISA [DEVICE]]
 """
 
 import math
 import random
 import sys
 
+import devices
 import torch
 from cases import DTYPES, ISAS, LAYOUTS, Case, _bytes, excess, follows_layout, rms_error
 
@@ -101,7 +102,8 @@ class LinearCase(Case):
         return super().__str__().replace("attention", "linear_attention", 1) + state
 
     def repeat(self):
-        return f"python tests/linear_cases.py {self.seed} {self.isa}"
+        device = "" if self.device == "cpu" else f" {self.device}"
+        return f"python tests/linear_cases.py {self.seed} {self.isa}{device}"
 
     @property
     def return_lse(self):  # of attention; for Case's text
@@ -110,6 +112,30 @@ class LinearCase(Case):
     @property
     def grads_arrive(self):
         return self.arriving
+
+
+def given(query, key, value, grad_out, state=None, **kwargs):
+    """A case of these very tensors, nothing drawn; all gradients are wanted, and the state after the last key."""
+    case = object.__new__(LinearCase)
+    case.seed, case.isa, case.threads, case.device, case.op = 0, ISAS[0], 1, devices.current, "attention"
+    case.kwargs, case.arriving = {**kwargs, "return_state": True}, "both"
+    case.packed = query.dim() == 3
+    case.query, case.key, case.value, case.grad_out = query, key, value, grad_out
+    q, k, v = ((t.transpose(0, 1)[None] if case.packed else t) for t in (query, key, value))
+    (case.batch, case.heads, case.q_len, case.head_dim), case.dtype = q.shape, query.dtype
+    case.kv_heads, case.k_len, case.value_dim = k.shape[1], k.shape[2], v.shape[3]
+    case.share, case.magnitude, case.layouts = case.heads // case.kv_heads, 1.0, ["given"]
+    case.states = len(kwargs["cu_seqlens_q"]) - 1 if case.packed else case.batch
+    case.wanted = ["query", "key", "value"]
+    if state is not None:
+        case.S, case.z = state
+        case.wanted += ["S", "z"]
+    shape = (case.states, case.kv_heads, case.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    case.grad_S = torch.randn((*shape, case.value_dim), generator=generator, dtype=torch.float64)
+    case.grad_z = torch.randn(shape, generator=generator, dtype=torch.float64)
+    case.repeat = lambda: "see the test"
+    return case
 
 
 # ---------------------------------------------------------------- how far off a result may be
@@ -251,12 +277,13 @@ def run_reference(case, dtype):
 
 
 def run_kernels(case):
-    """The operator under the case's instruction set and number of threads."""
+    """The operator on the case's device, under its instruction set and number of threads."""
     threads, isa = torch.get_num_threads(), _C.forced_isa()
     _C.force_isa(case.isa)
     torch.set_num_threads(case.threads)
     try:
-        return run(case, functional.linear_attention, None)
+        with devices.on(case.device):
+            return run(case, functional.linear_attention, None)
     finally:
         _C.force_isa(isa)
         torch.set_num_threads(threads)
@@ -304,7 +331,7 @@ def check(case):
 
 
 def main(arguments):
-    case = LinearCase(int(arguments[0]), *arguments[1:2])
+    case = LinearCase(int(arguments[0]), *arguments[1:3])
     print(case)
     for name, (ratio, place) in ratios(case).items():
         print(f"{name}: error / bound = {ratio:.3g} at {place}")
