@@ -65,9 +65,10 @@ const std::vector<Kernel>& kernel_table() {
   MMCA_CUDA_LINEAR_ROW(family, linear_forward, dtype, T, lowest_sm), \
       MMCA_CUDA_LINEAR_ROW(family, linear_backward, dtype, T, lowest_sm)
   static const std::vector<Kernel> table = {
-      MMCA_CUDA_ROWS(sm80, bf16, BFloat16, 80),       MMCA_CUDA_ROWS(sm80, f16, Float16, 80),
-      MMCA_CUDA_ROWS(generic, f32, float, 80),        MMCA_CUDA_ROWS(generic, f64, double, 80),
-      MMCA_CUDA_LINEAR_ROWS(generic, f32, float, 80), MMCA_CUDA_LINEAR_ROWS(generic, f64, double, 80),
+      MMCA_CUDA_ROWS(sm80, bf16, BFloat16, 80),        MMCA_CUDA_ROWS(sm80, f16, Float16, 80),
+      MMCA_CUDA_ROWS(generic, f32, float, 80),         MMCA_CUDA_ROWS(generic, f64, double, 80),
+      MMCA_CUDA_LINEAR_ROWS(sm80, bf16, BFloat16, 80), MMCA_CUDA_LINEAR_ROWS(sm80, f16, Float16, 80),
+      MMCA_CUDA_LINEAR_ROWS(generic, f32, float, 80),  MMCA_CUDA_LINEAR_ROWS(generic, f64, double, 80),
   };
   return table;
 }

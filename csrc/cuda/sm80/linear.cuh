@@ -44,7 +44,8 @@ class SweepStart {
     const std::int64_t segment = std::max(chunks_of((tokens + wanted - 1) / wanted), fewest) * Shared::tokens;
     sweep_.segment = static_cast<std::int32_t>(segment);
     several_ = tokens > segment;
-    sweep_.pieces = p.q_offsets ? 0 : static_cast<std::int32_t>(std::max<std::int64_t>(1, (tokens + segment - 1) / segment));
+    sweep_.pieces =
+        p.q_offsets ? 0 : static_cast<std::int32_t>(std::max<std::int64_t>(1, (tokens + segment - 1) / segment));
   }
 
   std::int64_t blocks() const {
@@ -53,7 +54,8 @@ class SweepStart {
   }
   void start(bool sums_only) {
     sweep_.sums_only = sums_only;
-    launch_(&linear_sweep_kernel<T, P>, blocks(), Shared::threads, Shared::bytes, launch_.problem, launch_.plan, sweep_);
+    launch_(&linear_sweep_kernel<T, P>, blocks(), Shared::threads, Shared::bytes, launch_.problem, launch_.plan,
+            sweep_);
   }
 
   const LinearLaunch& launch_;
@@ -83,8 +85,8 @@ inline LinearSweep make_sweep(const LinearProblem& p, SweepRole role, const Line
     case SweepRole::value_gradient: set(p.query, head_dim, p.grad_out, value_dim, p.key, p.grad_value); break;
     case SweepRole::key_gradient: set(p.grad_out, value_dim, p.query, head_dim, p.value, p.grad_key); break;
   }
-  sweep.needs_end = (role == SweepRole::forward && p.final_state.sum) ||
-                    (role == SweepRole::key_gradient && p.grad_state.sum);
+  sweep.needs_end =
+      (role == SweepRole::forward && p.final_state.sum) || (role == SweepRole::key_gradient && p.grad_state.sum);
   return sweep;
 }
 

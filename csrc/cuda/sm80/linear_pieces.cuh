@@ -1,5 +1,5 @@
-// Linear attention's sweeps in 16 bits, and how they are cut (core/linear_problem.h has the notation). Writers add f g^T
-// to a state M, readers take y = x M; with hatted phi(q) in a scale of its row's own, d = 1 / (phi(q) . z) in that
+// Linear attention's sweeps in 16 bits, and how they are cut (core/linear_problem.h has the notation). Writers add f
+// g^T to a state M, readers take y = x M; with hatted phi(q) in a scale of its row's own, d = 1 / (phi(q) . z) in that
 // scale, and p = <dO, out>:
 //
 //     sweep            writers: f, g          readers: x     y becomes
@@ -49,7 +49,7 @@ struct LinearSweep {
 
   // Query rows write, keys read, from the last token to the first.
   PRIM bool backwards() const { return role >= SweepRole::value_gradient; }
-  PRIM bool makes_rows() const { return role <= SweepRole::facts; }                           // of out
+  PRIM bool makes_rows() const { return role <= SweepRole::facts; }                          // of out
   PRIM bool has_phi_f() const { return makes_rows() || role == SweepRole::value_gradient; }  // and x; else g
 };
 
@@ -91,9 +91,7 @@ struct SweepPiece {
     return begin < line.readers + line.reader_delay && end > line.reader_delay && line.readers > 0;
   }
   // Its sum is wanted: for the pieces after it, or for the end.
-  PRIM bool adds(const LinearSweep& sweep) const {
-    return has_writers() && (sweep.needs_end || end < line.end());
-  }
+  PRIM bool adds(const LinearSweep& sweep) const { return has_writers() && (sweep.needs_end || end < line.end()); }
 };
 PRIM SweepPiece piece_of_line(const LinearSweep& sweep, const SweepLine& line, std::int32_t s) {
   const std::int64_t begin = line.begin() + std::int64_t{s} * sweep.segment, end = begin + sweep.segment;

@@ -64,7 +64,8 @@ PRIM float warp_max(float x) {
 
 template <class T>
 PRIM float2 unpack2(std::uint32_t pair) {
-  return {prim::to_float<T>(static_cast<std::uint16_t>(pair)), prim::to_float<T>(static_cast<std::uint16_t>(pair >> 16))};
+  return {prim::to_float<T>(static_cast<std::uint16_t>(pair)),
+          prim::to_float<T>(static_cast<std::uint16_t>(pair >> 16))};
 }
 
 // body(row, chunk, address) for the chunks of a tile of Rows rows, of which each thread has its share; the lanes of a

@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(256)
   if (!line.sequence.exists || element >= sweep.slab_size) return;
 
   const StatePlace place = state_place(problem, sweep, element, P, Q, block * Q);
-  const auto begins = state_of(sweep.backwards() ? problem.grad_final_state : problem.state, problem, line.sequence,
-                               kv_head);
+  const auto begins =
+      state_of(sweep.backwards() ? problem.grad_final_state : problem.state, problem, line.sequence, kv_head);
   const bool needs_vector = sweep.role != SweepRole::value_gradient;
   double sum = 0.0;
   if (begins.sum && place.at >= 0 && (!place.is_vector || needs_vector))

@@ -26,9 +26,9 @@ struct SweepTile {
   static constexpr int tokens = P == 256 ? 32 : 64, columns = P == 256 ? 32 : 64;
   // Readers: warps share the tile's rows, 16 each, and where too few, the columns.
   static constexpr int row_groups = tokens / 16, column_groups = warps / row_groups;
-  static constexpr int y_tiles = columns / column_groups / 8;                 // n8, of a warp
-  static constexpr int m_tiles = P / warps / 16, m_columns = columns / 8;     // m16 and n8, of a warp
-  static constexpr int vector_tiles = P / 16 / warps;                         // n16, of a warp
+  static constexpr int y_tiles = columns / column_groups / 8;              // n8, of a warp
+  static constexpr int m_tiles = P / warps / 16, m_columns = columns / 8;  // m16 and n8, of a warp
+  static constexpr int vector_tiles = P / 16 / warps;                      // n16, of a warp
 
   static constexpr smem_t f_bytes = tokens * row_bytes<P>(), g_bytes = tokens * row_bytes<64>();
   static constexpr smem_t note_bytes = tokens * 4;
@@ -128,13 +128,13 @@ struct SweepBlock {
     const std::int64_t head = sweep.backwards() ? query_head(tile) : kv_head;
     const Interval inside{0, writers < end ? writers : end};
     const std::int32_t left = sweep.values - column;
-    copy_rows<P, Shared::tokens, Shared::warps>(
-        Shared::f(buffer), source(sweep.f, sweep.backwards(), head, writers, 0, sweep.depth), time, inside,
-        warp_of_thread());
+    copy_rows<P, Shared::tokens, Shared::warps>(Shared::f(buffer),
+                                                source(sweep.f, sweep.backwards(), head, writers, 0, sweep.depth), time,
+                                                inside, warp_of_thread());
     copy_rows<64, Shared::tokens, Shared::warps>(
         Shared::g(buffer),
-        source(sweep.g, sweep.backwards(), head, writers, column, left < Shared::columns ? left : Shared::columns), time,
-        inside, warp_of_thread());
+        source(sweep.g, sweep.backwards(), head, writers, column, left < Shared::columns ? left : Shared::columns),
+        time, inside, warp_of_thread());
     if (threadIdx.x >= Shared::tokens) return;
     const std::int32_t token = writer_token(time + static_cast<std::int32_t>(threadIdx.x));
     const smem_t note = Shared::note(buffer) + 4 * threadIdx.x;
@@ -353,9 +353,8 @@ PRIM void store_slab(StateSum<P>& state, VectorSum<P>& sum, int numbers, float* 
   each_of_state<P>(state, [&](int row, int column, float x, float y) {
     prim::st_global(reinterpret_cast<float2*>(slab + row * columns + column), float2{x, y});
   });
-  each_of_vector<P>(sum, P, [&](int at, float x) {
-    prim::st_global(slab + P * columns + at, at < numbers ? x : 0.0f);
-  });
+  each_of_vector<P>(sum, P,
+                    [&](int at, float x) { prim::st_global(slab + P * columns + at, at < numbers ? x : 0.0f); });
 }
 
 // ---- readers -------------------------------------------------------------------------------------------------------
@@ -375,7 +374,8 @@ PRIM void map_readers(const SweepBlock<P>& block, std::int32_t time, int tile) {
   const LinearSweep& sweep = block.sweep;
   if (sweep.makes_rows()) {
     map_queries<T, P, Shared::tokens, Shared::threads>(Shared::x, block.phi_features(), [&](int r, float top) {
-      const std::int32_t token = sweep.role == SweepRole::facts && block.column == 0 ? block.reader_token(time + r) : -1;
+      const std::int32_t token =
+          sweep.role == SweepRole::facts && block.column == 0 ? block.reader_token(time + r) : -1;
       if (token < 0) return;
       const std::int64_t head = block.query_head(tile);
       prim::st_global(sweep.facts.top + row_fact(block.problem, block.plan, block.sequence(), head, token), top);
@@ -392,7 +392,8 @@ PRIM void read_state(ReaderRows<P>& rows, float state_scale, bool totals) {
   const LanePlace<P> x = rows_first<P>(Shared::x).fresh();
   const int first = first_reader(Shared::row_groups), column = warp_of_thread() / Shared::row_groups * Shared::y_tiles;
   const LanePlace<64> state = rows_first<64>(Shared::state).fresh();
-  const LanePlace<64> high = state.from_chunk(column), low = state.at(Shared::low).from_chunk(Shared::low_chunk + column);
+  const LanePlace<64> high = state.from_chunk(column),
+                      low = state.at(Shared::low).from_chunk(Shared::low_chunk + column);
 #pragma unroll
   for (int k = 0; k < P; k += 16) {
     std::uint32_t a[1][4];
@@ -437,7 +438,8 @@ PRIM void read_writers(const SweepBlock<P>& block, ReaderRows<P>& rows, int buff
 #pragma unroll
     for (int n = 0; n < tiles; ++n) {
       float2 by_writer{0.0f, 0.0f};
-      if (role == SweepRole::key_gradient) by_writer = prim::ld_shared<float2>(products + 4 * (8 * n + fragment_column()));
+      if (role == SweepRole::key_gradient)
+        by_writer = prim::ld_shared<float2>(products + 4 * (8 * n + fragment_column()));
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& weight = a[0][n][2 * h + e];
@@ -450,8 +452,7 @@ PRIM void read_writers(const SweepBlock<P>& block, ReaderRows<P>& rows, int buff
     if constexpr (is_f16<T>) {
       scale[h] = PowerScale(quad_max(top));
 #pragma unroll
-      for (int n = 0; n < tiles; ++n)
-        a[0][n][2 * h] *= scale[h].up, a[0][n][2 * h + 1] *= scale[h].up;
+      for (int n = 0; n < tiles; ++n) a[0][n][2 * h] *= scale[h].up, a[0][n][2 * h + 1] *= scale[h].up;
     }
   }
 
@@ -517,7 +518,8 @@ PRIM void finish(const SweepBlock<P>& block, ReaderRows<P>& rows, std::int32_t t
       }
     } else if (sweep.role == SweepRole::query_gradient) {
       const smem_t note = Shared::x_note + 4 * r;
-      const float inverse = prim::ld_shared<float>(note), product = prim::ld_shared<float>(note + 2 * Shared::note_bytes);
+      const float inverse = prim::ld_shared<float>(note),
+                  product = prim::ld_shared<float>(note + 2 * Shared::note_bytes);
       const RowMap map = map_of_query<T>(prim::ld_shared<float>(note + Shared::note_bytes));
       each([&](int n, float& x, float& y) {
         const float2 query = features(problem.query, n, head_dim);
@@ -552,7 +554,8 @@ __global__ void __launch_bounds__(SweepTile<P>::threads, SweepTile<P>::blocks)
   const std::int32_t end = block().end;
   std::int32_t time = block().begin;
   if (time >= end) return;
-  const bool has_vector = sweep.role != SweepRole::value_gradient, weighted_vector = sweep.role == SweepRole::key_gradient;
+  const bool has_vector = sweep.role != SweepRole::value_gradient,
+             weighted_vector = sweep.role == SweepRole::key_gradient;
   const int numbers = sweep.has_phi_f() ? P : Shared::columns;  // of the vector
 
   StateSum<P> state;
