@@ -233,7 +233,7 @@ class LinearRows {
   }
 
   const LinearProblem& problem_;
-  const LinearSequence& sequence_;
+  const LinearSequence sequence_;  // by value: an object that refers to itself would not be kept in registers
   const std::int64_t kv_head_;
   const std::int32_t heads_;
   const int value_dim_;

@@ -81,12 +81,15 @@ struct SweepUnit {
   std::int64_t index, head, kv_head;  // head: over all sequences, as states are numbered
   int tile;                           // of columns
 
-  PRIM SweepUnit(const SweepArguments<T>& a, std::int64_t unit) : index(unit) {
-    tile = static_cast<int>(unit % a.sizes.tiles), head = unit / a.sizes.tiles, kv_head = head % a.problem.kv_heads;
-    sequence = linear_sequence_at(a.problem, a.plan, static_cast<std::int32_t>(head / a.problem.kv_heads));
+  PRIM SweepUnit(const SweepArguments<T>& a, std::uint32_t unit) : index(unit) {
+    const auto tiles = static_cast<std::uint32_t>(a.sizes.tiles),
+               heads = static_cast<std::uint32_t>(a.problem.kv_heads);
+    tile = static_cast<int>(unit % tiles), head = unit / tiles, kv_head = unit / tiles % heads;
+    sequence = linear_sequence_at(a.problem, a.plan, static_cast<std::int32_t>(unit / tiles / heads));
   }
+  PRIM LinearRows<T, what> rows(const SweepArguments<T>& a) const { return {a.problem, sequence, kv_head}; }
   PRIM std::int64_t segments(const SweepArguments<T>& a) const {
-    return (LinearRows<T, what>(a.problem, sequence, kv_head).order().writers + segment_rows - 1) / segment_rows;
+    return (rows(a).order().writers + segment_rows - 1) / segment_rows;
   }
 
   // Sums are numbered [depth][column], then z.
@@ -124,54 +127,56 @@ class Sweep {
   PRIM Sweep(const SweepArguments<T>& arguments, std::int64_t unit)
       : a_(arguments),
         s_(arguments.sizes),
-        unit_(arguments, unit),
-        rows_(arguments.problem, unit_.sequence, unit_.kv_head),
-        order_(rows_.order()),
+        index_(static_cast<std::uint32_t>(unit)),
         thread_(static_cast<int>(threadIdx.x)),
         lane_(static_cast<int>(threadIdx.x) % 32),
         warp_(static_cast<int>(threadIdx.x) / 32) {}
 
   PRIM void run_whole(bool reads) {
-    const std::int64_t segments = unit_.segments(a_);
-    T* slot = a_.slots + unit_.index * s_.unit_sums;
-    double* carry = a_.carry + unit_.index * s_.unit_sums;
+    const std::int64_t segments = unit().segments(a_);
+    T* slot = a_.slots + index_ * s_.unit_sums;
+    const bool starts = a_.start.sum && unit().sequence.exists;
+    if (starts && segments) {
+      const Unit unit = this->unit();
+      each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
+      syncthreads();
+    }
     for (std::int64_t s = 0; s < segments; ++s) {
-      const bool starts = s > 0 || (a_.start.sum && unit_.sequence.exists);
-      if (starts)
-        each_sum([&](std::int64_t sum, T) {
-          st_global(slot + sum, static_cast<T>(s > 0 ? ld_global(carry + sum) : unit_.given(a_, sum)));
-        });
-      run_segment(s, starts ? slot : nullptr, reads);
-      if (s + 1 < segments || a_.keeps_end)
-        each_sum([&](std::int64_t sum, T local) {
-          const double before = s > 0 ? ld_global(carry + sum) : unit_.given(a_, sum);
-          st_global(carry + sum, before + static_cast<double>(local));
-        });
+      run_segment(s, s > 0 || starts ? slot : nullptr, reads);
+      if (s + 1 == segments && !a_.keeps_end) return;
+      store_local(slot);
+      syncthreads();
+      const Unit unit = this->unit();
+      each_number([&](std::int64_t sum) {
+        double* carry = a_.carry + index_ * s_.unit_sums + sum;
+        const double carried =
+            (s > 0 ? ld_global(carry) : unit.given(a_, sum)) + static_cast<double>(ld_global(slot + sum));
+        st_global(carry, carried);
+        st_global(slot + sum, static_cast<T>(carried));
+      });
+      syncthreads();
     }
   }
 
-  // Of segment first_segment + s.
-  PRIM void sum_segment(std::int64_t s) {
-    if (a_.first_segment + s >= unit_.segments(a_)) return;
-    run_segment(a_.first_segment + s, nullptr, false);
-    T* slot = slot_of(s);
-    each_sum([&](std::int64_t sum, T local) { st_global(slot + sum, local); });
-  }
-  PRIM void read_segment(std::int64_t s) {
-    if (a_.first_segment + s < unit_.segments(a_)) run_segment(a_.first_segment + s, slot_of(s), true);
+  // Of segment first_segment + s: its sum, or its readers.
+  PRIM void run_one(std::int64_t s, bool reads) {
+    if (a_.first_segment + s >= unit().segments(a_)) return;
+    T* slot = a_.slots + (index_ * a_.in_flight + s) * s_.unit_sums;
+    run_segment(a_.first_segment + s, reads ? slot : nullptr, reads);
+    if (!reads) store_local(slot);
   }
 
   // Early or late readers among rows begin .. end - 1.
   PRIM void read(std::int64_t begin, std::int64_t end, bool early) {
-    const std::int64_t low = early ? 0 : order_.late_begin(), high = early ? order_.early_end() : order_.readers;
+    const Unit unit = this->unit();
+    const SweepOrder order = unit.rows(a_).order();
+    const std::int64_t low = early ? 0 : order.late_begin(), high = early ? order.early_end() : order.readers;
     if (begin < low) begin = low;
     if (end > high) end = high;
     if (begin >= end) return;
-    const bool carried = !early && order_.writers;
-    const double* carry = a_.carry + unit_.index * s_.unit_sums;
-    const auto sum = [&](std::int64_t i) {
-      return static_cast<T>(carried ? ld_global(carry + i) : unit_.given(a_, i));
-    };
+    const bool carried = !early && order.writers;
+    const double* carry = a_.carry + index_ * s_.unit_sums;
+    const auto sum = [&](std::int64_t i) { return static_cast<T>(carried ? ld_global(carry + i) : unit.given(a_, i)); };
     const std::int64_t numbers = std::int64_t{s_.depth} * S::width, filled = (s_.g - s_.m) / sizeof(T);
     for (std::int64_t i = thread_; i < filled; i += S::threads)
       st_shared(s_.m + static_cast<smem_t>(i) * sizeof(T), i < numbers ? sum(i) : T(0));
@@ -182,33 +187,47 @@ class Sweep {
   }
 
  private:
-  PRIM T* slot_of(std::int64_t s) const { return a_.slots + (unit_.index * a_.in_flight + s) * s_.unit_sums; }
+  using Unit = SweepUnit<T, what>;
+  // Made anew wherever it is needed: it is not kept in registers meanwhile.
+  PRIM Unit unit() const { return {a_, opaque(index_)}; }
+
   PRIM int state_row(int i) const { return thread_ / (S::width / S::columns) + S::depth_lanes * i; }
   PRIM int state_column() const { return thread_ % (S::width / S::columns) * S::columns; }
 
-  // body(number of the sum, its local part) for this thread's.
+  // body(number) for the unit's sums, shared out among all threads.
   template <class Body>
-  PRIM void each_sum(Body body) const {
+  PRIM void each_number(Body body) const {
+    const std::int64_t numbers = std::int64_t{s_.depth} * (S::width + (has_total(what) ? 1 : 0));
+#pragma unroll 1
+    for (std::int64_t sum = thread_; sum < numbers; sum += S::threads) body(sum);
+  }
+
+  PRIM void store_local(T* slot) const {
 #pragma unroll
     for (int i = 0; i < S::depth_steps; ++i) {
       const int d = state_row(i);
       if (S::depth_lanes * i >= s_.depth || d >= s_.depth) continue;
 #pragma unroll
-      for (int c = 0; c < S::columns; ++c) body(std::int64_t{d} * S::width + state_column() + c, local_[i][c]);
+      for (int c = 0; c < S::columns; c += S::chunk) {
+        Chunk<T> x;
+#pragma unroll
+        for (int e = 0; e < S::chunk; ++e) x.x[e] = local_[i][c + e];
+        st_global(reinterpret_cast<Chunk<T>*>(slot + std::int64_t{d} * S::width + state_column() + c), x);
+      }
     }
     if constexpr (has_total(what))
 #pragma unroll
       for (int i = 0; i < S::z_steps; ++i) {
         const int d = thread_ + S::threads * i;
-        if (d < s_.depth) body(std::int64_t{s_.depth} * S::width + d, local_z_[i]);
+        if (d < s_.depth) st_global(slot + std::int64_t{s_.depth} * S::width + d, local_z_[i]);
       }
   }
 
   // Leaves the segment's sum in local_. `start`: null: nothing.
   PRIM void run_segment(std::int64_t s, const T* start, bool reads) {
-    const std::int64_t begin = s * segment_rows, rest = order_.writers - begin;
+    const std::int64_t begin = s * segment_rows, rest = unit().rows(a_).order().writers - begin;
     const std::int64_t end = begin + (rest < segment_rows ? rest : segment_rows);
-    reads = reads && order_.first_reader(begin) < order_.first_reader(end);
+    reads = reads && first_reader(begin) < first_reader(end);
 #pragma unroll
     for (int i = 0; i < S::depth_steps; ++i)
 #pragma unroll
@@ -221,8 +240,8 @@ class Sweep {
       load_writers(first, count);
       syncthreads();
       if (reads) {
-        const std::int64_t last = order_.first_reader(first + count);
-        for (std::int64_t r = order_.first_reader(first); r < last; r += S::readers)
+        const std::int64_t last = first_reader(first + count);
+        for (std::int64_t r = first_reader(first); r < last; r += S::readers)
           read_strip(r, static_cast<int>(last - r < S::readers ? last - r : S::readers), first, start || first > begin);
       }
       add_writers(count);
@@ -231,16 +250,21 @@ class Sweep {
     }
   }
 
+  PRIM std::int64_t first_reader(std::int64_t writer) const { return unit().rows(a_).order().first_reader(writer); }
+
   PRIM void load_writers(std::int64_t first, int count) {
+    const Unit unit = this->unit();
+    const auto rows = unit.rows(a_);
     for (int w = warp_; w < S::width; w += S::threads / 32) {
-      const auto row = rows_.writer(w < count ? first + w : first);
+      const auto row = rows.writer(w < count ? first + w : first);
       const bool counts = w < count && row.counts;
+#pragma unroll 2
       for (int d = lane_; d < s_.padded_depth; d += 32)
-        st_shared(w * s_.pitch + d * sizeof(T), counts && d < s_.depth ? rows_.first_side(row, d) : T(0));
+        st_shared(w * s_.pitch + d * sizeof(T), counts && d < s_.depth ? rows.first_side(row, d) : T(0));
       for (int c = lane_; c < S::width; c += 32) {
-        const int column = unit_.tile * S::width + c;
+        const int column = unit.tile * S::width + c;
         st_shared(s_.g + (w * S::width + c) * sizeof(T),
-                  counts && column < s_.values ? rows_.second_side(row, column) : T(0));
+                  counts && column < s_.values ? rows.second_side(row, column) : T(0));
       }
     }
   }
@@ -318,11 +342,14 @@ class Sweep {
   // `count` readers from r0 on, of the step of writers that begins at `first`, -1: of the state alone. `has_state`: M
   // holds something.
   PRIM void read_strip(std::int64_t r0, int count, std::int64_t first, bool has_state) const {
+    const Unit unit = this->unit();
+    const auto rows = unit.rows(a_);
     for (int r = warp_; r < S::readers; r += S::threads / 32) {
-      const auto row = rows_.reader(r < count ? r0 + r : r0);
+      const auto row = rows.reader(r < count ? r0 + r : r0);
       const bool counts = r < count && row.counts;
+#pragma unroll 2
       for (int d = lane_; d < s_.padded_depth; d += 32)
-        st_shared(s_.x + r * s_.pitch + d * sizeof(T), counts && d < s_.depth ? rows_.first_side(row, d) : T(0));
+        st_shared(s_.x + r * s_.pitch + d * sizeof(T), counts && d < s_.depth ? rows.first_side(row, d) : T(0));
     }
     syncthreads();
     const int r = thread_ / S::lanes, lane = thread_ % S::lanes;
@@ -330,7 +357,7 @@ class Sweep {
     const smem_t x = s_.x + r * s_.pitch, weights = s_.a + r * S::a_pitch;
     T y[S::each] = {}, total = T(0);
     if (first >= 0) {
-      const std::int64_t visible = active ? order_.seen(r0 + r) - first : 0;
+      const std::int64_t visible = active ? this->unit().rows(a_).order().seen(r0 + r) - first : 0;
       const int seen = static_cast<int>(visible < S::width ? visible : S::width);
       total = score(x, weights, seen, lane);
       syncwarp();
@@ -345,9 +372,10 @@ class Sweep {
     if constexpr (has_total(what))
 #pragma unroll
       for (int step = 1; step < S::lanes; step *= 2) total += shfl_xor(total, step);
-    T* partials = what == SweepOf::facts ? a_.partials + unit_.tile * a_.facts : nullptr;
-    rows_.template finish<S::lanes>(active, active ? r0 + r : r0, unit_.tile * S::width + lane * S::each, s_.values, y,
-                                    total, partials);
+    const Unit now = this->unit();
+    T* partials = what == SweepOf::facts ? a_.partials + now.tile * a_.facts : nullptr;
+    now.rows(a_).template finish<S::lanes>(active, active ? r0 + r : r0, now.tile * S::width + lane * S::each,
+                                           s_.values, y, total, partials);
     syncthreads();
   }
 
@@ -414,9 +442,7 @@ class Sweep {
 
   const SweepArguments<T>& a_;
   const S& s_;
-  const SweepUnit<T, what> unit_;
-  const LinearRows<T, what> rows_;
-  const SweepOrder order_;
+  const std::uint32_t index_;  // of the unit
   const int thread_, lane_, warp_;
   T local_[S::depth_steps][S::columns], local_z_[S::z_steps];
 };
@@ -425,19 +451,18 @@ class Sweep {
 
 // A block a unit.
 template <class T, SweepOf what>
-__global__ void __launch_bounds__(SweepSizes<T>::threads)
+__global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
     whole_kernel(const __grid_constant__ SweepArguments<T> a, bool reads) {
   Sweep<T, what>(a, blockIdx.x).run_whole(reads);
 }
 
 // A block a segment of a unit.
 template <class T, SweepOf what>
-__global__ void __launch_bounds__(SweepSizes<T>::threads)
+__global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
     segment_kernel(const __grid_constant__ SweepArguments<T> a, bool reads) {
   const std::int64_t block = blockIdx.x;
   Sweep<T, what> sweep(a, block / a.in_flight);
-  if (reads) sweep.read_segment(block % a.in_flight);
-  else sweep.sum_segment(block % a.in_flight);
+  sweep.run_one(block % a.in_flight, reads);
 }
 
 inline constexpr int element_threads = 256;
@@ -446,7 +471,7 @@ inline constexpr int element_threads = 256;
 template <class T, SweepOf what>
 __global__ void __launch_bounds__(element_threads) scan_kernel(const __grid_constant__ SweepArguments<T> a) {
   const std::int64_t blocks = (a.sizes.unit_sums + element_threads - 1) / element_threads;
-  const SweepUnit<T, what> unit(a, blockIdx.x / blocks);
+  const SweepUnit<T, what> unit(a, static_cast<std::uint32_t>(blockIdx.x / blocks));
   const std::int64_t sum = blockIdx.x % blocks * element_threads + threadIdx.x;
   const std::int64_t left = unit.segments(a) - a.first_segment, count = left < a.in_flight ? left : a.in_flight;
   if (count <= 0 || sum >= std::int64_t{a.sizes.depth} * (SweepSizes<T>::width + (has_total(what) ? 1 : 0))) return;
@@ -465,7 +490,7 @@ __global__ void __launch_bounds__(element_threads) scan_kernel(const __grid_cons
 template <class T, SweepOf what>
 __global__ void __launch_bounds__(element_threads) end_kernel(const __grid_constant__ SweepArguments<T> a) {
   const std::int64_t blocks = (a.sizes.unit_sums + element_threads - 1) / element_threads;
-  const SweepUnit<T, what> unit(a, blockIdx.x / blocks);
+  const SweepUnit<T, what> unit(a, static_cast<std::uint32_t>(blockIdx.x / blocks));
   const std::int64_t sum = blockIdx.x % blocks * element_threads + threadIdx.x;
   if (sum >= std::int64_t{a.sizes.depth} * (SweepSizes<T>::width + (has_total(what) ? 1 : 0))) return;
   unit.take(a, sum, unit.segments(a) ? ld_global(a.carry + unit.index * a.sizes.unit_sums + sum) : unit.given(a, sum));
@@ -474,7 +499,7 @@ __global__ void __launch_bounds__(element_threads) end_kernel(const __grid_const
 // A block some tokens of a unit's sequence: readers outside all segments.
 inline constexpr int read_rows = 256;
 template <class T, SweepOf what>
-__global__ void __launch_bounds__(SweepSizes<T>::threads)
+__global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
     read_kernel(const __grid_constant__ SweepArguments<T> a, int tokens, bool early) {
   const std::int64_t units = a.problem.kv_heads * a.sizes.tiles;
   const Tile tile = tile_of(a.problem, a.plan, blockIdx.x / units, tokens, keys_read(what));
@@ -517,7 +542,7 @@ void run_sweep(const LinearLaunch& launch, const StateView<const double>& start,
   const bool whole = segments <= 1 || units >= enough;
   if (!whole) a.in_flight = std::min(segments, (2 * enough + units - 1) / units);
   if (segments && (segments > 1 || a.keeps_end)) a.carry = launch.take<double>(units * a.sizes.unit_sums);
-  if (!whole || (segments && (segments > 1 || start.sum)))
+  if (!whole || (segments && (segments > 1 || start.sum || a.keeps_end)))
     a.slots = launch.take<T>(units * a.in_flight * a.sizes.unit_sums);
 
   const int threads = S::threads;
