@@ -74,7 +74,7 @@ template <int D, int Rows, int Threads, class Body>
 PRIM void each_chunk(smem_t tile, const Body& body) {
   constexpr int chunks = D / 8, rows_at_once = Threads / chunks;
   const int chunk = static_cast<int>(threadIdx.x) % chunks, first = static_cast<int>(threadIdx.x) / chunks;
-#pragma unroll 4
+#pragma unroll 2
   for (int r = first; r < Rows; r += rows_at_once) body(r, chunk, chunk_address<D>(tile, r, chunk));
 }
 
