@@ -6,14 +6,16 @@ import pytest
 import torch
 from cpp_suites import Unavailable
 from devices import on
-from emulator import DESCENDING, RANDOM
-from linear_cases import LinearCase, check, given
+from emulator import BOUNDS, DESCENDING, RANDOM
+from linear_cases import LinearCase, bounds, check, given, run_reference
 
+from mmca_ext import reference
 from mmca_ext.functional import LinearState, linear_attention
 
 f32, f64 = torch.float32, torch.float64
 SEEDS, BATCH = 600, 50
 DTYPES = (f32, f64)
+HALF = (torch.bfloat16, torch.float16)
 # Multiprocessors: every head whole; some segments at a time; all segments at once.
 GPUS = (1, 2, 100)
 
@@ -225,3 +227,149 @@ def test_every_kernel_has_run(library):
         for name, count in library.launches().items():
             if operation in name and name.rsplit(".", 1)[1] in names:
                 assert count, name
+
+
+# ---------------------------------------------------------------- 16 bits: tensor cores
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_16_bits_are_the_reference(device, first):
+    check_all(device, first, HALF)
+
+
+PIECES = {
+    "many keys": {"kv_heads": 2, "heads": 2, "q_len": 20, "k_len": 700},
+    "many rows": {"kv_heads": 2, "heads": 6, "q_len": 330, "k_len": 170},
+    "both": {"kv_heads": 2, "heads": 2, "q_len": 600, "k_len": 600},
+}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces(device, name, is_causal, dtype):
+    """Within the bound in however many pieces: one on a GPU of one multiprocessor, of 256 tokens on a large one."""
+    shape = PIECES[name]
+    rows = tensors(**shape, dtype=dtype)
+    options = {"state": state_of(kv_heads=shape["kv_heads"]), "is_causal": is_causal}
+    if name == "many keys":
+        options["key_mask"] = torch.arange(shape["k_len"])[None] % 5 != 0
+    results = []
+    for multiprocessors in (1, 100):
+        device.device(90, multiprocessors)
+        device.order(RANDOM, multiprocessors)
+        check(given(*rows, **options))
+        results.append(everything(*rows, **options))
+    assert not same_bits(*results)  # else both were one piece
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_16_bits_are_the_same_in_every_order(device, is_causal, dtype):
+    rows = tensors(batch=2, heads=4, kv_heads=2, q_len=170, k_len=300, dim=33, value_dim=70, dtype=dtype)
+    options = {"is_causal": is_causal, "state": state_of(2, 2, 33, 70)}
+    device.device(90, 100)
+    first = everything(*rows, **options)
+    for mode, seed in ((DESCENDING, 0), (RANDOM, 1), (RANDOM, 2)):
+        device.order(mode, seed)
+        assert same_bits(first, everything(*rows, **options))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dims", [(256, 256), (256, 1), (1, 256), (64, 64), (97, 130)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_widths_of_16_bits(device, dims, is_causal, dtype):
+    """Also on GPUs whose blocks have less than 100 KB of shared memory."""
+    rows = tensors(q_len=137, k_len=141, heads=2, dim=dims[0], value_dim=dims[1], dtype=dtype)
+    device.device(86, 4)
+    check(given(*rows, is_causal=is_causal, state=state_of(1, 1, *dims)))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 20, [40, 70], [0, 1, 31, 0, 32, 34]], ids=str)
+def test_a_stream_of_16_bits_is_as_exact_as_one_call(device, lengths, dtype):
+    query, key, value, grad_out = tensors(q_len=sum(lengths), k_len=sum(lengths), dtype=dtype)
+    case = given(query, key, value, grad_out, is_causal=True)
+    exact = run_reference(case, f64)
+    bound = bounds(case, exact)
+    parts, state = [], None
+    for q, k, v in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True):
+        out, state = linear_attention(q, k, v, True, state=state, return_state=True)
+        parts.append(out)
+    for name, found in {"out": torch.cat(parts, 2), "S": state.S, "z": state.z}.items():
+        assert ((found.double() - exact[name]).abs() <= bound[name]).all(), name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_errors_of_16_bits_do_not_grow_with_position(device, dtype):
+    """Values with a mean, else the outputs themselves shrink."""
+    query, key, value, _ = tensors(heads=1, q_len=6000, k_len=6000, dtype=dtype)
+    value = value + 1.0
+    device.device(90, 1)
+    device.check_level(BOUNDS)
+    out = linear_attention(query, key, value, True).double()
+    parts = [slice(i, i + 500) for i in range(0, 6000, 500)]
+    exact = torch.cat([exact_rows(query, key, value, rows) for rows in parts])
+    alone = (exact.to(dtype).double() - exact).square()
+    error = (out[0, 0] - exact).square()
+    for first in (0, 1000, 5000):
+        assert error[first : first + 1000].mean() < 1.5**2 * alone[first : first + 1000].mean()
+
+
+def exact_rows(query, key, value, rows):
+    key, value = (t[:, :, : rows.stop].double() for t in (key, value))
+    return reference.linear_attention(query[:, :, rows].double(), key, value, True)[0, 0]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_neighbours_do_not_change_a_bit_of_16(device, dtype):
+    rows = tensors(3, 4, 2, 50, 50, 16, 9, dtype=dtype)
+    together = everything(*rows, is_causal=True)
+    for b in range(3):
+        alone = everything(*(t[b : b + 1] for t in rows), is_causal=True)
+        assert same_bits([t[0] for t in alone], [t[b] for t in together])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_hidden_keys_of_16_bits_may_hold_anything(device, is_causal, dtype):
+    query, key, value, grad_out = tensors(batch=2, q_len=40, k_len=145, dtype=dtype)
+    mask = torch.rand(2, 145, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[1, :120] = False
+    clean = everything(query, key, value, grad_out, is_causal=is_causal, key_mask=mask)
+    key, value = (t.masked_fill(~mask[:, None, :, None], torch.nan) for t in (key, value))
+    query = query.clone()
+    for i in range(40 if is_causal else 0):
+        if not mask[1, : i + 106].any():
+            query[1, :, i] = torch.nan  # sees nothing
+    assert query.isnan().any() or not is_causal
+    assert same_bits(clean, everything(query, key, value, grad_out, is_causal=is_causal, key_mask=mask))
+    assert all(t.isfinite().all() for t in clean)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("values", NONSENSE, ids=str)
+@pytest.mark.parametrize("side", ["cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_offsets_of_any_value_are_survived_in_16_bits(device, values, side, is_causal, dtype):
+    test_offsets_of_any_value_are_survived(device, values, side, is_causal, dtype)
+
+
+LARGE = {"keys": (0, 60000.0), "queries": (60000.0, 0), "small queries": (-60000.0, 0)}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_features_of_float16(device, name):
+    """Sums beyond 65504: of products, of weights and in the state."""
+    query, key, value, grad_out = tensors(q_len=150, k_len=150, dim=16)
+    query, key = query + LARGE[name][0], key + LARGE[name][1]
+    rows = [t.to(torch.float16) for t in (query, key, 1000 * value, grad_out)]
+    check(given(*rows, is_causal=True))
+
+
+def test_every_kernel_of_16_bits_has_run(library):
+    for dtype in HALF:
+        everything(*tensors(dtype=dtype))
+    for operation in ("linear_forward", "linear_backward"):
+        for name in ("bf16", "f16"):
+            assert library.launches()[f"cuda.sm80.{operation}.{name}"]

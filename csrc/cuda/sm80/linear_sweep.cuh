@@ -293,18 +293,18 @@ PRIM void add_state(StateSum<P>& state, int buffer, float factor) {
   }
 }
 
-// body(row, column, first of two registers) of M.
+// body(row, column, two neighbouring registers) of M.
 template <int P, class Body>
 PRIM void each_of_state(StateSum<P>& state, const Body& body) {
   using Shared = SweepTile<P>;
+  const int row = 16 * warp_of_thread() * Shared::m_tiles + fragment_row(0), column = fragment_column();
 #pragma unroll
   for (int m = 0; m < Shared::m_tiles; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int n = 0; n < Shared::m_columns; ++n)
-        body(16 * (warp_of_thread() * Shared::m_tiles + m) + fragment_row(h), 8 * n + fragment_column(),
-             state[m][n][2 * h], state[m][n][2 * h + 1]);
+        body(row + 16 * m + 8 * h, column + 8 * n, state[m][n][2 * h], state[m][n][2 * h + 1]);
 }
 
 // What of `state` and `sum` fits 16 bits is written for the readers of the next chunk; in fp16 in two steps, with a
