@@ -20,15 +20,12 @@ class SweepStart {
     sweep_.slab_size = P * Shared::columns + P;
     cut();
     const bool given = sweep.role >= SweepRole::value_gradient ? p.grad_final_state.sum : p.state.sum;
-    if (!several_ && !given && !sweep.needs_end) {
-      start(false);
-      return;
+    if (several_ || given || sweep.needs_end) {
+      sweep_.slabs = launch.take<float>(blocks() * sweep_.slab_size);
+      if (several_ || sweep.needs_end) start(&linear_sums_kernel<T, P>, Shared::sums_bytes);
+      start_linear_states(launch, sweep_, P, Shared::columns);
     }
-
-    sweep_.slabs = launch.take<float>(blocks() * sweep_.slab_size);
-    if (several_ || sweep.needs_end) start(true);
-    start_linear_states(launch, sweep_, P, Shared::columns);
-    start(false);
+    start(&linear_sweep_kernel<T, P>, Shared::bytes);
   }
 
  private:
@@ -52,10 +49,9 @@ class SweepStart {
     const LinearProblem& p = launch_.problem;
     return slot_count(p, launch_.plan, sweep_) * p.kv_heads * sweep_.columns;
   }
-  void start(bool sums_only) {
-    sweep_.sums_only = sums_only;
-    launch_(&linear_sweep_kernel<T, P>, blocks(), Shared::threads, Shared::bytes, launch_.problem, launch_.plan,
-            sweep_);
+  template <class Kernel>
+  void start(Kernel kernel, std::size_t shared_bytes) const {
+    launch_(kernel, blocks(), Shared::threads, shared_bytes, launch_.problem, launch_.plan, sweep_);
   }
 
   const LinearLaunch& launch_;

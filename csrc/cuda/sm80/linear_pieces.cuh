@@ -37,10 +37,10 @@ struct LinearRowFacts {
 
 struct LinearSweep {
   SweepRole role;
-  bool sums_only, needs_end, aligned;  // aligned: has_aligned_rows(y)
-  std::int32_t depth, values;          // numbers of f and of g
-  std::int32_t columns;                // blocks that share the numbers of g
-  std::int32_t segment, pieces;        // pieces: of each sequence; 0: packed
+  bool needs_end, aligned;       // aligned: has_aligned_rows(y)
+  std::int32_t depth, values;    // numbers of f and of g
+  std::int32_t columns;          // blocks that share the numbers of g
+  std::int32_t segment, pieces;  // pieces: of each sequence; 0: packed
   std::int64_t slab_size;
   float* slabs;  // [slot][kv_head][column block]: a piece's sum, then what it starts from; null: all start from nothing
   Input f, g, x;

@@ -10,9 +10,9 @@
 // grow with the tensor cores' truncation. A is rounded to 16 bits. The vector beside M is a product too: rows of ones,
 // or of -p in three parts, times the tile of phi.
 //
-// Shared memory: two buffers (F [tokens][P], G [tokens][64]), X [tokens][P], M [P][64] high and low (P = 256: 32 of
-// each in one row), the vector, and of the rows in each buffer and in X their notes: three floats, (d, top, p), of keys
-// (1 or 0 if hidden). F and G are copied a step ahead; phi is applied in place.
+// Shared memory: two buffers (F [tokens][P], G [tokens][64]) and their rows' notes: three floats, (d, top, p), of keys
+// (1 or 0 if hidden); what the block works on; then X [tokens][P], M [P][64] high and low (P = 256: 32 of each in one
+// row), the vector, and notes of X. F and G are copied a step ahead; phi is applied in place.
 #pragma once
 
 #include "cuda/sm80/linear_pieces.cuh"
@@ -22,7 +22,7 @@ namespace mmca::cuda::sm80 {
 
 template <int P>
 struct SweepTile {
-  static constexpr int threads = 128, warps = 4, blocks = P == 64 ? 3 : 2;
+  static constexpr int threads = 128, warps = 4, blocks = 2, sum_blocks = P == 64 ? 4 : 3;
   static constexpr int tokens = P == 256 ? 32 : 64, columns = P == 256 ? 32 : 64;
   // Readers: warps share the tile's rows, 16 each, and where too few, the columns.
   static constexpr int row_groups = tokens / 16, column_groups = warps / row_groups;
@@ -34,13 +34,14 @@ struct SweepTile {
   static constexpr smem_t note_bytes = tokens * 4;
   static constexpr smem_t f(int buffer) { return static_cast<smem_t>(buffer) * (f_bytes + g_bytes); }
   static constexpr smem_t g(int buffer) { return f(buffer) + f_bytes; }
-  static constexpr smem_t x = 2 * (f_bytes + g_bytes), state = x + f_bytes;
+  static constexpr smem_t notes = 2 * (f_bytes + g_bytes);
+  static constexpr smem_t note(int buffer) { return notes + static_cast<smem_t>(buffer) * 3 * note_bytes; }
+  static constexpr smem_t block = notes + 6 * note_bytes, sums_bytes = block + 128;  // all that sums need
+  static constexpr smem_t x = sums_bytes, state = x + f_bytes;
   static constexpr smem_t low = columns == 64 ? P * row_bytes<64>() : 0;  // of M's low halves, from the high ones
   static constexpr int low_chunk = columns == 64 ? 0 : 4;
-  static constexpr smem_t vector = state + P * row_bytes<64>() + low, notes = vector + 4 * P;
-  static constexpr smem_t note(int buffer) { return notes + static_cast<smem_t>(buffer) * 3 * note_bytes; }
-  static constexpr smem_t x_note = notes + 6 * note_bytes;
-  static constexpr smem_t tops = x_note + 3 * note_bytes, block = tops + 4 * warps, bytes = block + 3 * sizeof(int4);
+  static constexpr smem_t vector = state + P * row_bytes<64>() + low, x_note = vector + 4 * P;
+  static constexpr smem_t tops = x_note + 3 * note_bytes, bytes = tops + 4 * warps;
   static_assert(bytes <= 99 * 1024);
 };
 
@@ -67,13 +68,13 @@ struct SweepBlock {
     writers = !exists ? 0 : sweep.backwards() ? q_len : k_len, readers = sweep.backwards() ? k_len : q_len;
   }
   // By one thread, for all. A piece that has nothing to do becomes one without time.
-  PRIM static void store(const LinearProblem& problem, const LinearPlan& plan, const LinearSweep& sweep) {
+  PRIM static void store(const LinearProblem& problem, const LinearPlan& plan, const LinearSweep& sweep, bool sums) {
     const std::int64_t line = std::int64_t{blockIdx.x} / sweep.columns;
     const SweepPiece piece = piece_at(problem, plan, sweep, line / problem.kv_heads);
     const LinearSequence& sequence = piece.line.sequence;
-    const bool idle = sweep.sums_only ? !piece.adds(sweep) : !piece.has_readers();
+    const bool idle = sums ? !piece.adds(sweep) : !piece.has_readers();
     const std::int32_t end =
-        sweep.sums_only && piece.line.writers < piece.end ? piece.line.writers : piece.end;  // no one reads after
+        sums && piece.line.writers < piece.end ? piece.line.writers : piece.end;  // no one reads after
     prim::st_shared(Shared::block, int4{sequence.index, sequence.q_len, sequence.k_len, sequence.exists});
     prim::st_shared(Shared::block + 16, int4{static_cast<int>(sequence.q_begin), static_cast<int>(sequence.k_begin),
                                              static_cast<int>(line % problem.kv_heads),
@@ -101,7 +102,7 @@ struct SweepBlock {
   PRIM bool writes(std::int32_t time) const { return time < writers && time + Shared::tokens > 0; }
   PRIM bool reads(std::int32_t time) const {
     const std::int32_t reader = time - reader_delay;
-    return !sweep.sums_only && reader < readers && reader + Shared::tokens > 0;
+    return reader < readers && reader + Shared::tokens > 0;
   }
   // The token, counted from the first, of a writer or reader counted in the order of time; negative: none.
   PRIM std::int32_t writer_token(std::int32_t w) const {
@@ -394,7 +395,7 @@ PRIM void read_state(ReaderRows<P>& rows, float state_scale, bool totals) {
   const LanePlace<64> state = rows_first<64>(Shared::state).fresh();
   const LanePlace<64> high = state.from_chunk(column),
                       low = state.at(Shared::low).from_chunk(Shared::low_chunk + column);
-#pragma unroll
+#pragma unroll 4
   for (int k = 0; k < P; k += 16) {
     std::uint32_t a[1][4];
     load_a(a[0], x, first, k / 8);
@@ -424,8 +425,13 @@ PRIM void read_writers(const SweepBlock<P>& block, ReaderRows<P>& rows, int buff
   const int first = first_reader(Shared::row_groups), column = warp_of_thread() / Shared::row_groups * Shared::y_tiles;
   Accumulator<1, tiles> a;
   clear(a);
-  multiply_transposed<T>(a, LanePlace<P>{rows_first<P>(Shared::x).fresh()(first, 0)},
-                         chunks_first<P>(Shared::f(buffer)).fresh());
+  const LanePlace<P> x = rows_first<P>(Shared::x).fresh(), f = chunks_first<P>(Shared::f(buffer)).fresh();
+#pragma unroll 4
+  for (int k = 0; k < P; k += 16) {
+    std::uint32_t part[1][4];
+    load_a(part[0], x, first, k / 8);
+    multiply_columns<T>(a, part, f, k / 8);
+  }
 
   const smem_t products = Shared::note(buffer) + 2 * Shared::note_bytes;
   PowerScale scale[2];
@@ -456,13 +462,25 @@ PRIM void read_writers(const SweepBlock<P>& block, ReaderRows<P>& rows, int buff
     }
   }
 
-  Accumulator<1, Shared::y_tiles> y;
-  clear(y);
-  multiply_rounded<T>(y, a, rows_first<64>(Shared::g(buffer)).fresh().from_chunk(column));
+  std::uint32_t rounded[tiles / 2][1][4];
 #pragma unroll
-  for (int n = 0; n < Shared::y_tiles; ++n)
+  for (int n = 0; n < tiles; n += 2) pack_a<T>(rounded[n / 2][0], a[0][n], a[0][n + 1]);
+  constexpr int at_once = Shared::y_tiles < 4 ? Shared::y_tiles : 4;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) rows.y[0][n][e] = fmaf(factor * scale[e / 2].down, y[0][n][e], rows.y[0][n][e]);
+  for (int first_tile = 0; first_tile < Shared::y_tiles; first_tile += at_once) {
+    const LanePlace<64> g = rows_first<64>(Shared::g(buffer)).fresh().from_chunk(column + first_tile);
+    Accumulator<1, at_once> y;
+    clear(y);
+#pragma unroll
+    for (int k = 0; k < tiles / 2; ++k) multiply_rows<T>(y, rounded[k], g, 16 * k);
+#pragma unroll
+    for (int n = 0; n < at_once; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& sum = rows.y[0][first_tile + n][e];
+        sum = fmaf(factor * scale[e / 2].down, y[0][n][e], sum);
+      }
+  }
 }
 
 // Makes of y what it is for.
@@ -540,7 +558,62 @@ PRIM void finish(const SweepBlock<P>& block, ReaderRows<P>& rows, std::int32_t t
   }
 }
 
-// ---- the kernel ----------------------------------------------------------------------------------------------------
+// ---- the kernels ---------------------------------------------------------------------------------------------------
+
+template <class T, int P>
+PRIM void add_writers(const SweepBlock<P>& block, StateSum<P>& state, VectorSum<P>& vector, int buffer, float factor) {
+  using Shared = SweepTile<P>;
+  add_state<T, P>(state, buffer, factor);
+  const smem_t products = Shared::note(buffer) + 2 * Shared::note_bytes;
+  if (block.sweep.has_phi_f())  // p, in the key gradient alone; the value gradient's vector is never read
+    add_vector<T, P>(vector, rows_first<P>(Shared::f(buffer)), P, false, products, 1.0f);
+  else
+    add_vector<T, P>(vector, rows_first<64>(Shared::g(buffer)), Shared::columns, block.sweep.backwards(), products,
+                     factor);
+}
+
+template <int P>
+PRIM void clear(StateSum<P>& state, VectorSum<P>& vector) {
+  clear(state);
+#pragma unroll
+  for (int v = 0; v < SweepTile<P>::vector_tiles; ++v)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) vector[v][i] = 0.0f;
+}
+
+// The sum of a piece's writers, to its slab.
+template <class T, int P>
+__global__ void __launch_bounds__(SweepTile<P>::threads, SweepTile<P>::sum_blocks)
+    linear_sums_kernel(const __grid_constant__ LinearProblem problem, const __grid_constant__ LinearPlan plan,
+                       const __grid_constant__ LinearSweep sweep) {
+  using Shared = SweepTile<P>;
+  if (threadIdx.x == 0) SweepBlock<P>::store(problem, plan, sweep, true);
+  prim::syncthreads();
+  const auto block = [&] { return SweepBlock<P>(problem, plan, sweep); };
+  const std::int32_t end = block().end;
+  std::int32_t time = block().begin;
+  if (time >= end) return;
+  StateSum<P> state;
+  VectorSum<P> vector;
+  clear<P>(state, vector);
+  block().start_writers(time, 0, 0);
+  prim::cp_async_commit();
+  int buffer = 0;
+#pragma unroll 1
+  for (int w = 0; time < end; buffer ^= 1) {
+    const bool writes = block().writes(time);
+    if (!writes || ++w == block().writer_tiles()) w = 0, time += Shared::tokens;
+    prim::cp_async_wait<0>();
+    prim::syncthreads();
+    if (time < end) block().start_writers(time, w, buffer ^ 1);
+    prim::cp_async_commit();
+    if (!writes) continue;
+    const float factor = map_writers<T>(block(), buffer);
+    prim::syncthreads();
+    add_writers<T>(block(), state, vector, buffer, factor);
+  }
+  store_slab<P>(state, vector, sweep.has_phi_f() ? P : Shared::columns, block().slab());
+}
 
 template <class T, int P>
 __global__ void __launch_bounds__(SweepTile<P>::threads, SweepTile<P>::blocks)
@@ -548,25 +621,18 @@ __global__ void __launch_bounds__(SweepTile<P>::threads, SweepTile<P>::blocks)
                         const __grid_constant__ LinearSweep sweep) {
   using Shared = SweepTile<P>;
   constexpr int tokens = Shared::tokens;
-  if (threadIdx.x == 0) SweepBlock<P>::store(problem, plan, sweep);
+  if (threadIdx.x == 0) SweepBlock<P>::store(problem, plan, sweep, false);
   prim::syncthreads();
   const auto block = [&] { return SweepBlock<P>(problem, plan, sweep); };
   const std::int32_t end = block().end;
   std::int32_t time = block().begin;
   if (time >= end) return;
-  const bool has_vector = sweep.role != SweepRole::value_gradient,
-             weighted_vector = sweep.role == SweepRole::key_gradient;
   const int numbers = sweep.has_phi_f() ? P : Shared::columns;  // of the vector
-
+  bool has_state = sweep.slabs && block().exists;
+  float state_scale = 1.0f;
   StateSum<P> state;
   VectorSum<P> vector;
-  clear(state);
-#pragma unroll
-  for (int v = 0; v < Shared::vector_tiles; ++v)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) vector[v][i] = 0.0f;
-  bool has_state = !sweep.sums_only && sweep.slabs && block().exists;
-  float state_scale = 1.0f;
+  clear<P>(state, vector);
 
   block().start_writers(time, 0, 0), block().start_readers(time, 0);
   prim::cp_async_commit();
@@ -617,29 +683,21 @@ __global__ void __launch_bounds__(SweepTile<P>::threads, SweepTile<P>::blocks)
         else if (time + tokens < end) block().start_readers(time + tokens, 0);
         prim::cp_async_commit();
       }
-      if (writes) {
-        add_state<T, P>(state, buffer, factor);
-        const smem_t products = Shared::note(buffer) + 2 * Shared::note_bytes;
-        if (has_vector && sweep.has_phi_f())
-          add_vector<T, P>(vector, rows_first<P>(Shared::f(buffer)), numbers, false, products, 1.0f);
-        else if (has_vector)
-          add_vector<T, P>(vector, rows_first<64>(Shared::g(buffer)), numbers, weighted_vector, products, factor);
-      }
+      if (writes) add_writers<T>(block(), state, vector, buffer, factor);
       buffer ^= 1;
     }
-    if (!reads && time + tokens < end) {  // readers may begin with the next chunk
+    if (time + tokens >= end) break;
+    if (!reads) {  // readers may begin with the next chunk
       block().start_readers(time + tokens, 0);
       prim::cp_async_commit();
     }
-    if (writes && time + tokens < end && block().reads(time + tokens)) {
+    if (writes && block().reads(time + tokens)) {
       note_top<T, P>(state);
       prim::syncthreads();  // nobody reads M any more
       state_scale = publish<T, P>(state, vector, numbers);
       has_state = true;
     }
   }
-  prim::cp_async_wait<0>();
-  if (sweep.sums_only) store_slab<P>(state, vector, has_vector ? numbers : 0, block().slab());
 }
 
 }  // namespace mmca::cuda::sm80
