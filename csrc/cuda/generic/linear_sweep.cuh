@@ -226,8 +226,8 @@ class Sweep {
   // Leaves the segment's sum in local_. `start`: null: nothing.
   PRIM void run_segment(std::int64_t s, const T* start, bool reads) {
     const std::int64_t begin = s * segment_rows, rest = unit().rows(a_).order().writers - begin;
-    const std::int64_t end = begin + (rest < segment_rows ? rest : segment_rows);
-    reads = reads && first_reader(begin) < first_reader(end);
+    const int writers = rest < segment_rows ? static_cast<int>(rest) : segment_rows;
+    reads = reads && first_reader(begin) < first_reader(begin + writers);
 #pragma unroll
     for (int i = 0; i < S::depth_steps; ++i)
 #pragma unroll
@@ -235,17 +235,18 @@ class Sweep {
 #pragma unroll
     for (int i = 0; i < S::z_steps; ++i) local_z_[i] = T(0);
     if (reads && start) store_state(start);
-    for (std::int64_t first = begin; first < end; first += S::width) {
-      const int count = static_cast<int>(end - first < S::width ? end - first : S::width);
+    for (int done = 0; done < writers; done += S::width) {
+      const std::int64_t first = begin + done;
+      const int left = writers - done, count = left < S::width ? left : S::width;
       load_writers(first, count);
       syncthreads();
       if (reads) {
         const std::int64_t last = first_reader(first + count);
         for (std::int64_t r = first_reader(first); r < last; r += S::readers)
-          read_strip(r, static_cast<int>(last - r < S::readers ? last - r : S::readers), first, start || first > begin);
+          read_strip(r, static_cast<int>(last - r < S::readers ? last - r : S::readers), first, start || done);
       }
       add_writers(count);
-      if (reads && first + count < end) store_state(start);
+      if (reads && count < left) store_state(start);
       syncthreads();
     }
   }
@@ -366,6 +367,7 @@ class Sweep {
     if (has_state) {
       read_state(x, lane, y);
       if constexpr (has_total(what))
+#pragma unroll 2
         for (int d = lane; d < s_.depth; d += S::lanes)
           total = multiply_add(ld_shared<T>(x + d * sizeof(T)), ld_shared<T>(s_.z + d * sizeof(T)), total);
     }
@@ -407,6 +409,7 @@ class Sweep {
 
   // y += A G, of the writers the row sees: the others' values may be NaN.
   PRIM void weigh(smem_t weights, int seen, int lane, T (&y)[S::each]) const {
+#pragma unroll 1
     for (int w0 = 0; w0 < seen; w0 += S::chunk) {
       const auto a = ld_shared<Chunk<T>>(weights + w0 * sizeof(T));
 #pragma unroll
