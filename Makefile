@@ -41,7 +41,7 @@ fuzz: build  ## random cases against fp64, ten times as many as in the tests
 
 # What holds on any device; the CPU's suites ask for more in places (weights of 32 bits, its instruction sets).
 EMULATED ?= tests/test_emulated_kernels.py tests/test_differential.py tests/test_autograd.py tests/test_gradcheck.py \
-  tests/test_bad_packing.py tests/test_packed_layers.py
+  tests/test_bad_packing.py tests/test_packed_layers.py tests/test_linear.py
 
 SOAK_STEPS ?= 30000
 SOAK_REPEATS ?= 2000

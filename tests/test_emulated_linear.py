@@ -16,7 +16,7 @@ f32, f64 = torch.float32, torch.float64
 SEEDS, BATCH = 600, 50
 DTYPES = (f32, f64)
 HALF = (torch.bfloat16, torch.float16)
-# Multiprocessors: every head whole; some segments at a time; all segments at once.
+# Multiprocessors: two heads are whole; some segments at a time; all segments at once.
 GPUS = (1, 2, 100)
 
 
@@ -121,6 +121,19 @@ def test_segments(device, name, is_causal, dtype):
         results.append(everything(*rows, **options))
     check(case)
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
+
+
+def test_errors_do_not_grow_with_the_position(device):
+    """Values have a mean: the sums grow all along, and no errors cancel. Beside the CPU's kernels in fp64."""
+    rows = tensors(heads=1, q_len=12_000, k_len=12_000)[:3]
+    rows[2] += 1.0
+    out, end = linear_attention(*rows, True, return_state=True)
+    with on("cpu"):
+        exact, exact_end = linear_attention(*(t.double() for t in rows), True, return_state=True)
+    errors = [float(e.square().mean().sqrt()) for e in (out.double() - exact).split(1200, 2)]
+    eps = torch.finfo(f32).eps
+    assert max(errors[1:]) < 1.5 * errors[0] and errors[0] < 2 * eps, errors
+    torch.testing.assert_close(tuple(end), tuple(exact_end), rtol=2 * eps, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
