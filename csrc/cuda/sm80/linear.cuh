@@ -29,7 +29,8 @@ class SweepStart {
   }
 
  private:
-  // As many pieces as keep all multiprocessors busy; a piece is never so short that its state outweighs its rows.
+  // As many pieces as keep all multiprocessors busy; a piece is never so short that its state outweighs its rows. So
+  // the rounding of long heads depends on how many heads there are, and on the GPU; never on what they hold.
   void cut() {
     const LinearProblem& p = launch_.problem;
     std::int64_t tokens = p.q_len + p.k_len;  // of the longest sequence's time
