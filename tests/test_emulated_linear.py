@@ -245,7 +245,7 @@ def test_every_kernel_has_run(library):
 # ---------------------------------------------------------------- 16 bits: tensor cores
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+@pytest.mark.parametrize("first", range(0, SEEDS // 2, BATCH))
 def test_16_bits_are_the_reference(device, first):
     check_all(device, first, HALF)
 
@@ -279,8 +279,8 @@ def test_pieces(device, name, is_causal, dtype):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_16_bits_are_the_same_in_every_order(device, is_causal, dtype):
-    rows = tensors(batch=2, heads=4, kv_heads=2, q_len=170, k_len=300, dim=33, value_dim=70, dtype=dtype)
-    options = {"is_causal": is_causal, "state": state_of(2, 2, 33, 70)}
+    rows = tensors(heads=4, kv_heads=2, q_len=100, k_len=300, dim=33, value_dim=70, dtype=dtype)
+    options = {"is_causal": is_causal, "state": state_of(1, 2, 33, 70)}
     device.device(90, 100)
     first = everything(*rows, **options)
     for mode, seed in ((DESCENDING, 0), (RANDOM, 1), (RANDOM, 2)):
