@@ -36,6 +36,6 @@ def enable(on):
         if not torch.cuda.is_available():
             raise RuntimeError("--device cuda: torch sees no GPU here")
         _registration = torch.library.Library("mmca_ext", "IMPL")
-        for name in ("attention", "attention_backward"):
+        for name in ("attention", "attention_backward", "linear_attention", "linear_attention_backward"):
             op = getattr(torch.ops.mmca_ext, name).default
             _registration.impl(name, _on_gpu(op), "CPU", allow_override=True)

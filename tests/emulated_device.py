@@ -18,7 +18,7 @@ from emulator import SOURCES, Emulator, build_library
 import mmca_ext  # noqa: F401 (the operators must be there before their implementation is replaced)
 
 CSRC = ROOT / "csrc"
-BINDING = [SOURCES / "binding.cpp", CSRC / "torch" / "arguments.cpp", CSRC / "torch" / "ops.cpp"]
+BINDING = [SOURCES / "binding.cpp", *(CSRC / "torch" / f"{name}.cpp" for name in ("arguments", "ops", "linear_ops"))]
 
 
 class EmulatedDevice(Emulator):

@@ -3,20 +3,24 @@
 As cases.py, whose way of drawing and whose promise it shares: every result is inside an a-priori bound, element by
 element, or its RMS error is at most twice that of the reference at the same precision.
 
-    python tests/linear_cases.py SEED [ISA]
+    python tests/linear_cases.py SEED [ISA [DEVICE]]
 """
 
 import math
 import random
 import sys
 
+import devices
 import torch
+from bounds import weight_rounding
 from cases import DTYPES, ISAS, LAYOUTS, Case, _bytes, excess, follows_layout, rms_error
 
 from mmca_ext import _C, functional, reference
 from mmca_ext.reference import LinearState
 from mmca_ext.reference.weights import positions, repeat_kv, visible_by_order
 
+# Of 16 bits in a result of the tensor cores: bounds.
+ROUNDINGS = {"out": 3, "S": 1, "z": 1, "dq": 5, "dk": 5, "dv": 3, "dS": 2, "dz": 4}
 GRADIENTS = {"query": "dq", "key": "dk", "value": "dv", "S": "dS", "z": "dz"}
 
 
@@ -101,7 +105,8 @@ class LinearCase(Case):
         return super().__str__().replace("attention", "linear_attention", 1) + state
 
     def repeat(self):
-        return f"python tests/linear_cases.py {self.seed} {self.isa}"
+        device = "" if self.device == "cpu" else f" {self.device}"
+        return f"python tests/linear_cases.py {self.seed} {self.isa}{device}"
 
     @property
     def return_lse(self):  # of attention; for Case's text
@@ -110,6 +115,30 @@ class LinearCase(Case):
     @property
     def grads_arrive(self):
         return self.arriving
+
+
+def given(query, key, value, grad_out, state=None, **kwargs):
+    """A case of these very tensors, nothing drawn; all gradients are wanted, and the state after the last key."""
+    case = object.__new__(LinearCase)
+    case.seed, case.isa, case.threads, case.device, case.op = 0, ISAS[0], 1, devices.current, "attention"
+    case.kwargs, case.arriving = {**kwargs, "return_state": True}, "both"
+    case.packed = query.dim() == 3
+    case.query, case.key, case.value, case.grad_out = query, key, value, grad_out
+    q, k, v = ((t.transpose(0, 1)[None] if case.packed else t) for t in (query, key, value))
+    (case.batch, case.heads, case.q_len, case.head_dim), case.dtype = q.shape, query.dtype
+    case.kv_heads, case.k_len, case.value_dim = k.shape[1], k.shape[2], v.shape[3]
+    case.share, case.magnitude, case.layouts = case.heads // case.kv_heads, 1.0, ["given"]
+    case.states = len(kwargs["cu_seqlens_q"]) - 1 if case.packed else case.batch
+    case.wanted = ["query", "key", "value"]
+    if state is not None:
+        case.S, case.z = state
+        case.wanted += ["S", "z"]
+    shape = (case.states, case.kv_heads, case.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    case.grad_S = torch.randn((*shape, case.value_dim), generator=generator, dtype=torch.float64)
+    case.grad_z = torch.randn(shape, generator=generator, dtype=torch.float64)
+    case.repeat = lambda: "see the test"
+    return case
 
 
 # ---------------------------------------------------------------- how far off a result may be
@@ -129,19 +158,29 @@ def bounds(case, exact):
     itself stands for sqrt(n). 16-bit results are rounded to e |x| and half of the smallest number; a product may vanish
     below the smallest normal number of the arithmetic. What is 0 by rule must be exactly that; a row whose weights
     underflow float32 is not bounded.
+
+    Tensor cores take 16 bits: phi of queries and keys and the weights are rounded once more, by w16 (bounds.py). That
+    many such errors (ROUNDINGS) meet in a term of each result, K times where it is divided: out has phi(q), phi(k) and
+    the weight; product = <dO, out>, in the gradients, those of out and beside it the key's (or the query's) phi and the
+    weight. In fp16 phi below the smallest normal number errs by w16 of that; phi(q) is scaled to 2^13 first, in the
+    gradients by a row's 1 / total beside those of its neighbours. A row whose weights are mostly such is not bounded.
     """
     tiny = torch.finfo(case.statistic_dtype).smallest_normal
     u = torch.finfo(case.statistic_dtype).eps
     double = case.dtype == torch.float64
     oracle, root = (2.0, float) if double else (1.0, math.sqrt)
     terms = max(1, case.k_len, case.q_len * case.share)
-    c = oracle * u * (8 + root(case.head_dim) + root(terms))
+    c, w16 = oracle * u * (8 + root(case.head_dim) + root(terms)), weight_rounding(case)
     sizes = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in exact.items()}
     arrives = {"both": (1, 1), "out": (1, 0), "state": (0, 1)}[case.arriving]
     for q_part, k_part, query, key, value, grad, kept, n in case.parts():
         if not query.shape[0]:
             continue
-        found = _sizes(case, query, key, value, arrives[0] * grad.double().abs(), kept, n, arrives[1])
+        arguments = query, key, value, arrives[0] * grad.double().abs(), kept, n, arrives[1]
+        found = {name: c * size for name, size in _sizes(case, *arguments).items()}
+        if w16:
+            for name, size in _sizes(case, *arguments, w16).items():
+                found[name] = found[name] + w16 * ROUNDINGS[name] * size
         for name, size in found.items():
             if name not in sizes:
                 continue
@@ -155,12 +194,12 @@ def bounds(case, exact):
         info = torch.finfo((case.S.dtype if name in ("dS", "dz") else torch.float64) if in_double else case.dtype)
         smallest = tiny if info.bits > 16 else info.smallest_normal * info.eps / 2
         rounding = oracle * (max(info.eps, u) if not in_double else info.eps)
-        result[name] = rounding * t.abs() + c * sizes[name] + torch.where(t != 0, smallest, 0.0)
+        result[name] = rounding * t.abs() + sizes[name] + torch.where(t != 0, smallest, 0.0)
     return result
 
 
-def _sizes(case, query, key, value, grad, kept, n, state_gradient):
-    """The sums of absolute values, dense."""
+def _sizes(case, query, key, value, grad, kept, n, state_gradient, w16=0.0):
+    """The sums of absolute values, dense. w16: of what w16 is the error of."""
     query, key, value = query.double(), key.double(), value.double().abs()
     heads, (batch, groups, k_len, _) = query.shape[1], key.shape
     visible = visible_by_order(positions(query.shape[2], k_len, "cpu"), k_len, case.kwargs["is_causal"], (-1, -1))
@@ -181,6 +220,11 @@ def _sizes(case, query, key, value, grad, kept, n, state_gradient):
     phi_query, phi_key = (log_phi - level).exp().masked_fill(empty, 0.0), key.clamp(max=0.0).exp() + key.clamp(min=0.0)
     phi_key = phi_key.masked_fill(~kept[:, None, :, None], 0.0)
     slope_query, slope_key = torch.minimum(phi_query, (-level).exp()), phi_key.clamp(max=1.0)
+    smallest = torch.finfo(torch.float16).smallest_normal if w16 and case.dtype == torch.float16 else 0.0
+    exact = phi_query, phi_key
+    if smallest:
+        phi_query = (phi_query + smallest / 2**13).masked_fill(empty, 0.0)
+        phi_key = (phi_key + smallest).masked_fill(~kept[:, None, :, None], 0.0)
 
     def wide(t):
         return repeat_kv(t, heads)
@@ -190,11 +234,18 @@ def _sizes(case, query, key, value, grad, kept, n, state_gradient):
 
     weight = phi_query @ wide(phi_key).mT * visible
     by_state, by_signed = ((phi_query * wide(z)[:, :, None]).sum(-1, keepdim=True) for z in (z0, signed_z0))
-    total = weight.sum(-1, keepdim=True) + by_signed
+    exact_weight = exact[0] @ wide(exact[1]).mT * visible if smallest else weight
+    exact_by_signed = (exact[0] * wide(signed_z0)[:, :, None]).sum(-1, keepdim=True) if smallest else by_signed
+    total = exact_weight.sum(-1, keepdim=True) + exact_by_signed
     inverse = torch.where(total == 0, 0.0, 1 / total).abs()
     K = 1 + (weight.sum(-1, keepdim=True) + by_state) * inverse
     out = K * inverse * (weight @ wide(value) + phi_query @ wide(S0))
     product = (grad * out).sum(-1, keepdim=True)
+    if smallest:  # phi(q) / total, beside the largest 1 / total
+        others = inverse.unflatten(1, (groups, heads // groups)).flatten(2)
+        others = wide((others.amax(-1) if others.shape[-1] else others.sum(-1))[..., None, None])
+        phi_query = exact[0] + torch.where(inverse > 0.0, smallest / 2**13 * others / inverse, 0.0)
+        weight = phi_query @ wide(phi_key).mT * visible
     scores = grad @ wide(value).mT * visible + product * visible
     dq = scores @ wide(phi_key) + grad @ wide(S0).mT + product * wide(z0)[:, :, None]
     found = {
@@ -209,6 +260,7 @@ def _sizes(case, query, key, value, grad, kept, n, state_gradient):
     }
     if case.dtype != torch.float64:  # where 1 / total, or its product with a gradient, is not a float any more
         lost = inverse * grad.amax(-1, keepdim=True).clamp(min=1.0) > 1e35
+        lost = lost | (w16 * K > 0.1) if w16 else lost
         for name in ("out", "dq"):
             found[name] = torch.where(lost, torch.inf, found[name])
         for name in ("dk", "dv", "dS", "dz"):
@@ -251,12 +303,13 @@ def run_reference(case, dtype):
 
 
 def run_kernels(case):
-    """The operator under the case's instruction set and number of threads."""
+    """The operator on the case's device, under its instruction set and number of threads."""
     threads, isa = torch.get_num_threads(), _C.forced_isa()
     _C.force_isa(case.isa)
     torch.set_num_threads(case.threads)
     try:
-        return run(case, functional.linear_attention, None)
+        with devices.on(case.device):
+            return run(case, functional.linear_attention, None)
     finally:
         _C.force_isa(isa)
         torch.set_num_threads(threads)
@@ -304,7 +357,7 @@ def check(case):
 
 
 def main(arguments):
-    case = LinearCase(int(arguments[0]), *arguments[1:2])
+    case = LinearCase(int(arguments[0]), *arguments[1:3])
     print(case)
     for name, (ratio, place) in ratios(case).items():
         print(f"{name}: error / bound = {ratio:.3g} at {place}")

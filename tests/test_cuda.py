@@ -3,9 +3,11 @@ the suites under `pytest --device cuda` cannot see: streams, graphs, waiting, de
 
 import re
 
+import linear_cases
 import pytest
 import torch
 from cases import Case, check
+from linear_cases import LinearCase
 from operators import BACKWARD, DIFFERENTIABLE, FORWARD, PROBLEMS, arguments, leaves, problem, refused
 from torch._subclasses import FakeTensorMode
 
@@ -13,7 +15,8 @@ from mmca_ext import _C, functional
 
 BUILT = bool(_C.build_info()["cuda"])
 KERNELS = [kernel for kernel in _C.kernels() if kernel["device"] == "cuda"]
-OPERATIONS, DTYPES = ("attention_forward", "attention_backward"), ("f32", "f64", "bf16", "f16")
+OPERATIONS = ("attention_forward", "attention_backward", "linear_forward", "linear_backward")
+DTYPES = ("f32", "f64", "bf16", "f16")
 DTYPES_OF_TORCH = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not (BUILT and GPU), reason="needs a GPU and a build with CUDA kernels")
@@ -47,6 +50,11 @@ def test_one_kernel_serves_each_case():
 def test_cuda_tensors_without_cuda_kernels():
     with FakeTensorMode(), refused(RuntimeError, "on cuda:0, but this build of mmca_ext has no CUDA kernels"):
         _C.attention_forward(*(torch.empty(1, 2, 3, 8, device="cuda") for _ in range(3)))
+    with (
+        FakeTensorMode(),
+        refused(RuntimeError, "linear_attention: tensors are on cuda:0, but this build of mmca_ext has"),
+    ):
+        _C.linear_forward(*(torch.empty(1, 2, 3, 8, device="cuda") for _ in range(3)))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -116,6 +124,46 @@ def test_one_seed_is_one_mask_on_every_device():
 def test_random_cases(first):
     for seed in range(first, first + 100):
         check(Case(seed, device="cuda"))
+
+
+@on_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("first", range(0, 1000, 100))
+def test_random_cases_of_linear_attention(first):
+    for seed in range(first, first + 100):
+        linear_cases.check(LinearCase(seed, device="cuda"))
+
+
+@on_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 600])
+def test_linear_attention_over_many_tokens(heads, dtype):
+    """Heads in segments, and heads enough to fill the GPU: without waiting, the same bits each time, and none of them
+    more exact for being early."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = 100_000 if heads == 1 else 3000
+    query, key, value = (
+        torch.randn(1, heads, tokens, 64, device="cuda", dtype=dtype, generator=generator).requires_grad_()
+        for _ in range(3)
+    )
+
+    def results():
+        out, state = functional.linear_attention(query, key, value + 1, is_causal=True, return_state=True)
+        return [out, *state, *torch.autograd.grad(out, (query, key, value), torch.ones_like(out))]
+
+    first = results()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = results()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    leaves = [t.detach().cpu()[:, :2].double() for t in (query, key, value)]
+    exact = functional.linear_attention(*leaves[:2], (value.detach().cpu()[:, :2] + 1).double(), is_causal=True)
+    errors = (first[0][:, :2].cpu().double() - exact).split(tokens // 10, 2)
+    errors = [float(e.square().mean().sqrt()) for e in errors]
+    assert max(errors) < 1.5 * errors[0] and errors[0] < 2 * torch.finfo(dtype).eps, errors
 
 
 @on_gpu

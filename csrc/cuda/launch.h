@@ -10,9 +10,8 @@
 
 namespace mmca::cuda {
 
-struct Launch {
-  const Problem& problem;
-  const DevicePlan& plan;
+// What any kernel's host side has: scratch memory, and the way to start kernels.
+struct DeviceCall {
   Workspace& workspace;
   prim::stream_t stream;
   Device device;
@@ -34,6 +33,10 @@ struct Launch {
           device);
   }
 
+  void clear(void* p, std::int64_t bytes) const {
+    check(prim::fill_zero(p, static_cast<std::size_t>(bytes), stream), device);
+  }
+
   static void check(int error, const Device& device) {
     if (!error) return;
     if (prim::is_missing_kernel(error))
@@ -44,8 +47,20 @@ struct Launch {
   }
 };
 
-// plan.cu
-DevicePlan make_plan(const Problem& problem, Workspace& workspace, prim::stream_t stream, const Device& device);
+// Attention's; linear attention's is in linear.h.
+struct Launch : DeviceCall {
+  const Problem& problem;
+  const DevicePlan& plan;
+
+  Launch(const DeviceCall& call, const Problem& problem, const DevicePlan& plan)
+      : DeviceCall(call), problem(problem), plan(plan) {}
+};
+
+// plan.cu: `count` offsets in device memory that hold anything, as count + 1 that can be trusted: they ascend from 0
+// within [0, tokens], and the last is `tokens`.
+std::int32_t* trusted_offsets(const DeviceCall& call, const std::int64_t* given, std::int64_t count,
+                              std::int64_t tokens);
+DevicePlan make_plan(const Problem& problem, const DeviceCall& call);
 
 // backward_rows.cu: RowFacts of every row and group, [group][query head][query token of the row], and grad_gate.
 // T: float for all but f64 problems.

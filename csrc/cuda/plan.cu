@@ -288,40 +288,41 @@ __global__ void __launch_bounds__(plan_threads, 1)
 
 }  // namespace
 
-DevicePlan make_plan(const Problem& problem, Workspace& workspace, prim::stream_t stream, const Device& device) {
+std::int32_t* trusted_offsets(const DeviceCall& call, const std::int64_t* given, std::int64_t count,
+                              std::int64_t tokens) {
+  auto* offsets = call.take<std::int32_t>(count + 1);
+  call(&offsets_kernel, 1, plan_threads, scan_bytes, given, static_cast<std::int32_t>(count),
+       static_cast<std::int32_t>(tokens), offsets);
+  return offsets;
+}
+
+DevicePlan make_plan(const Problem& problem, const DeviceCall& call) {
   DevicePlan plan;
-  const Launch launch{problem, plan, workspace, stream, device};
   const bool packed = problem.q_offsets;
   plan.sequences = static_cast<std::int32_t>(problem.batch + (packed ? 1 : 0));
   if (packed) {
-    const auto trusted = [&](const std::int64_t* given, std::int64_t tokens) {
-      const auto count = static_cast<std::int32_t>(problem.batch + 1);
-      auto* offsets = launch.take<std::int32_t>(count + 1);
-      launch(&offsets_kernel, 1, plan_threads, scan_bytes, given, count, static_cast<std::int32_t>(tokens), offsets);
-      return offsets;
-    };
-    plan.q_offsets = trusted(problem.q_offsets, problem.q_len);
+    plan.q_offsets = trusted_offsets(call, problem.q_offsets, problem.batch + 1, problem.q_len);
     // MMCA's queries are its keys' tokens, whatever a caller lists for them.
     const bool same = problem.is_mmca || problem.k_offsets == problem.q_offsets;
-    plan.k_offsets = same ? plan.q_offsets : trusted(problem.k_offsets, problem.k_len);
+    plan.k_offsets = same ? plan.q_offsets : trusted_offsets(call, problem.k_offsets, problem.batch + 1, problem.k_len);
   }
   if (!problem.is_mmca && !problem.key_mask) return plan;
 
   const std::int64_t copies = packed ? 1 : problem.batch;
   const std::int64_t q_tokens = copies * problem.q_len, k_tokens = copies * problem.k_len;
   PlanArrays arrays{};
-  plan.positions = arrays.positions = launch.take<std::int32_t>(k_tokens);
-  plan.list_sizes = arrays.list_sizes = launch.take<std::int32_t>(2 * std::int64_t{plan.sequences});
-  plan.ranges = arrays.ranges = launch.take<int4>(q_tokens);
-  plan.hulls = arrays.hulls = launch.take<int4>(tile_count(problem, plan, plan_tile, /*of_keys=*/false));
-  arrays.ranks = launch.take<int2>(k_tokens);
+  plan.positions = arrays.positions = call.take<std::int32_t>(k_tokens);
+  plan.list_sizes = arrays.list_sizes = call.take<std::int32_t>(2 * std::int64_t{plan.sequences});
+  plan.ranges = arrays.ranges = call.take<int4>(q_tokens);
+  plan.hulls = arrays.hulls = call.take<int4>(tile_count(problem, plan, plan_tile, /*of_keys=*/false));
+  arrays.ranks = call.take<int2>(k_tokens);
   if (problem.is_mmca) {
-    plan.rows = arrays.rows = launch.take<std::int32_t>(q_tokens);
-    if (problem.image_rows == ImageRows::block) arrays.runs = launch.take<int2>(k_tokens);
+    plan.rows = arrays.rows = call.take<std::int32_t>(q_tokens);
+    if (problem.image_rows == ImageRows::block) arrays.runs = call.take<int2>(k_tokens);
     if (problem.image_rows == ImageRows::self || problem.image_rows == ImageRows::self_text)
-      plan.self_entries = arrays.self_entries = launch.take<std::uint8_t>(q_tokens);
+      plan.self_entries = arrays.self_entries = call.take<std::uint8_t>(q_tokens);
   }
-  launch(&plan_kernel, plan.sequences, plan_threads, scan_bytes, problem, plan, arrays);
+  call(&plan_kernel, plan.sequences, plan_threads, scan_bytes, problem, plan, arrays);
   return plan;
 }
 

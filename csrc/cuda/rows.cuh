@@ -25,7 +25,9 @@ struct Sequence {
   std::int64_t q_token, k_token;  // its first tokens in the plan
 };
 
-PRIM Sequence sequence_at(const Problem& problem, const DevicePlan& plan, std::int32_t b) {
+// Problem and Plan: attention's, or linear attention's.
+template <class Problem, class Plan>
+PRIM Sequence sequence_at(const Problem& problem, const Plan& plan, std::int32_t b) {
   if (!plan.q_offsets) {
     const auto q_len = static_cast<std::int32_t>(problem.q_len), k_len = static_cast<std::int32_t>(problem.k_len);
     return {b, q_len, k_len, 0, 0, std::int64_t{b} * q_len, std::int64_t{b} * k_len};
@@ -35,7 +37,8 @@ PRIM Sequence sequence_at(const Problem& problem, const DevicePlan& plan, std::i
   return {b, q_end - q, k_end - k, q, k, q, k};
 }
 // What lies past the last offset: its rows see nothing and its keys are in no list.
-PRIM bool is_rest(const DevicePlan& plan, const Sequence& sequence) {
+template <class Plan>
+PRIM bool is_rest(const Plan& plan, const Sequence& sequence) {
   return plan.q_offsets && sequence.index == plan.sequences - 1;
 }
 
@@ -46,7 +49,8 @@ struct Tile {
   std::int32_t first, count;  // its tokens within the sequence; count <= 0: none
 };
 
-PRIM Tile tile_of(const Problem& problem, const DevicePlan& plan, std::int64_t index, int size, bool of_keys) {
+template <class Problem, class Plan>
+PRIM Tile tile_of(const Problem& problem, const Plan& plan, std::int64_t index, int size, bool of_keys) {
   const std::int32_t* offsets = of_keys ? plan.k_offsets : plan.q_offsets;
   std::int32_t b, t;
   if (!offsets) {
@@ -69,7 +73,8 @@ PRIM Tile tile_of(const Problem& problem, const DevicePlan& plan, std::int64_t i
 }
 
 // How many there are: for grids.
-inline std::int64_t tile_count(const Problem& problem, const DevicePlan& plan, int size, bool of_keys) {
+template <class Problem, class Plan>
+std::int64_t tile_count(const Problem& problem, const Plan& plan, int size, bool of_keys) {
   const std::int64_t tokens = of_keys ? problem.k_len : problem.q_len;
   if (plan.q_offsets) return tokens / size + plan.sequences;
   return plan.sequences * ((tokens + size - 1) / size);

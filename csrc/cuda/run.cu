@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cuda/launch.h"
+#include "cuda/linear.h"
 
 namespace mmca::cuda {
 namespace {
@@ -32,7 +33,17 @@ void clear_key_gradients(const Launch& launch) {
   if (!launch.plan.positions && !launch.plan.k_offsets) return;
   const std::int64_t rows = (launch.plan.k_offsets ? 1 : p.batch) * p.kv_heads * p.k_len * element_size(p.dtype);
   for (const auto& [data, dim] : {std::pair{p.grad_key.data, p.head_dim}, std::pair{p.grad_value.data, p.value_dim}})
-    Launch::check(prim::fill_zero(data, static_cast<std::size_t>(rows * dim), launch.stream), launch.device);
+    launch.clear(data, rows * dim);
+}
+
+DeviceCall begin_call(Workspace& workspace, int device_index, void* stream) {
+  const Device device = device_at(device_index);
+  DeviceCall::check(prim::use_device(device_index), device);
+  return {workspace, static_cast<prim::stream_t>(stream), device};
+}
+
+void count_launch(const Kernel& kernel) {
+  launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -43,11 +54,21 @@ const std::vector<Kernel>& kernel_table() {
 #define MMCA_CUDA_ROWS(family, dtype, T, lowest_sm)              \
   MMCA_CUDA_ROW(family, attention_forward, dtype, T, lowest_sm), \
       MMCA_CUDA_ROW(family, attention_backward, dtype, T, lowest_sm)
+#define MMCA_CUDA_LINEAR_ROW(family, operation, dtype, T, lowest_sm) \
+  {"cuda." #family "." #operation "." #dtype,                        \
+   Operation::operation,                                             \
+   DType::dtype,                                                     \
+   lowest_sm,                                                        \
+   nullptr,                                                          \
+   &family::operation<T>}
+#define MMCA_CUDA_LINEAR_ROWS(family, dtype, T, lowest_sm)           \
+  MMCA_CUDA_LINEAR_ROW(family, linear_forward, dtype, T, lowest_sm), \
+      MMCA_CUDA_LINEAR_ROW(family, linear_backward, dtype, T, lowest_sm)
   static const std::vector<Kernel> table = {
-      MMCA_CUDA_ROWS(sm80, bf16, BFloat16, 80),
-      MMCA_CUDA_ROWS(sm80, f16, Float16, 80),
-      MMCA_CUDA_ROWS(generic, f32, float, 80),
-      MMCA_CUDA_ROWS(generic, f64, double, 80),
+      MMCA_CUDA_ROWS(sm80, bf16, BFloat16, 80),        MMCA_CUDA_ROWS(sm80, f16, Float16, 80),
+      MMCA_CUDA_ROWS(generic, f32, float, 80),         MMCA_CUDA_ROWS(generic, f64, double, 80),
+      MMCA_CUDA_LINEAR_ROWS(sm80, bf16, BFloat16, 80), MMCA_CUDA_LINEAR_ROWS(sm80, f16, Float16, 80),
+      MMCA_CUDA_LINEAR_ROWS(generic, f32, float, 80),  MMCA_CUDA_LINEAR_ROWS(generic, f64, double, 80),
   };
   return table;
 }
@@ -63,22 +84,27 @@ std::string refusal(const Kernel& kernel, const Device& device) {
 
 Device device_at(int index) {
   prim::DeviceFacts facts;
-  Launch::check(prim::device_facts(index, facts), {});
+  DeviceCall::check(prim::device_facts(index, facts), {});
   return {facts.sm, facts.multiprocessors};
 }
 
 bool needs_aligned_rows(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
-void run(Operation operation, const Problem& problem, Workspace& workspace, int device_index, void* stream_handle) {
-  const auto stream = static_cast<prim::stream_t>(stream_handle);
-  const Device device = device_at(device_index);
-  Launch::check(prim::use_device(device_index), device);
-  const Kernel& kernel = select_kernel(operation, problem.dtype, device);
-  const DevicePlan plan = make_plan(problem, workspace, stream, device);
-  const Launch launch{problem, plan, workspace, stream, device};
+void run(Operation operation, const Problem& problem, Workspace& workspace, int device_index, void* stream) {
+  const DeviceCall call = begin_call(workspace, device_index, stream);
+  const Kernel& kernel = select_kernel(operation, problem.dtype, call.device);
+  const DevicePlan plan = make_plan(problem, call);
+  const Launch launch(call, problem, plan);
   if (operation == Operation::attention_backward) clear_key_gradients(launch);
   kernel.run(launch);
-  launch_counts()[&kernel - kernel_table().data()].fetch_add(1, std::memory_order_relaxed);
+  count_launch(kernel);
+}
+
+void run(Operation operation, const LinearProblem& problem, Workspace& workspace, int device_index, void* stream) {
+  const DeviceCall call = begin_call(workspace, device_index, stream);
+  const Kernel& kernel = select_kernel(operation, problem.dtype, call.device);
+  kernel.run_linear(LinearLaunch(call, problem, make_linear_plan(problem, call)));
+  count_launch(kernel);
 }
 
 }  // namespace mmca::cuda

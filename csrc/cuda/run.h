@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/kernel_table.h"
+#include "core/linear_problem.h"
 #include "core/problem.h"
 
 namespace mmca::cuda {
@@ -26,13 +27,15 @@ struct Device {
 Device device_at(int index);  // throws std::runtime_error where CUDA does
 
 struct Launch;
+struct LinearLaunch;
 
 struct Kernel {
   const char* name;  // "cuda.sm80.attention_forward.bf16"
   Operation operation;
   DType dtype;
   int lowest_sm;
-  void (*run)(const Launch&);
+  void (*run)(const Launch&);                         // null for linear attention,
+  void (*run_linear)(const LinearLaunch&) = nullptr;  // which has problems of its own; null for all others
 };
 
 // All CUDA kernels, the best first.
@@ -48,5 +51,6 @@ bool needs_aligned_rows(DType dtype);
 // offsets are device memory and need no checking: whatever they hold, nothing outside the tensors is touched. Throws
 // std::runtime_error where no kernel serves the device or a launch fails.
 void run(Operation operation, const Problem& problem, Workspace& workspace, int device, void* stream);
+void run(Operation operation, const LinearProblem& problem, Workspace& workspace, int device, void* stream);
 
 }  // namespace mmca::cuda

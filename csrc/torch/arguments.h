@@ -52,6 +52,10 @@ class Arguments {
   void allocate_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           bool attn_mask_gradient);
   void run(Operation operation) const { backend_.run(operation, problem, device_); }
+  // A problem of linear attention made of this one's tensors.
+  void run(Operation operation, const LinearProblem& linear) const { backend_.run_linear(operation, linear, device_); }
+  // A copy where the kernels want rows to lie otherwise.
+  at::Tensor with_aligned_rows(const at::Tensor& t) const;
   // The gradients, once the kernel has run: sums over what was broadcast are brought into the arguments' shapes.
   Gradients gradients() const;
 
@@ -63,7 +67,6 @@ class Arguments {
   void check_offsets(const char* side, const at::Tensor& offsets, std::int64_t tokens,
                      std::optional<std::int64_t> longest_allowed) const;
   bool looks_at_values() const;
-  at::Tensor with_aligned_rows(const at::Tensor& t) const;
   void set_gate(const at::Tensor& gate);
   at::Tensor token_ids(const char* name, const at::Tensor& ids) const;
   at::Tensor key_broadcast_bias_gradient() const;

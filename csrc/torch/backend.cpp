@@ -7,12 +7,13 @@
 namespace mmca {
 namespace {
 
-void run_on_cpu(Operation operation, const Problem& problem, c10::Device) {
+template <class AnyProblem>
+void run_on_cpu(Operation operation, const AnyProblem& problem, c10::Device) {
   TorchExecutor executor;
   run(operation, problem, executor);
 }
 
-const Backend cpu_backend{false, [](DType) { return false; }, &run_on_cpu};
+const Backend cpu_backend{false, [](DType) { return false; }, &run_on_cpu<Problem>, &run_on_cpu<LinearProblem>};
 
 }  // namespace
 

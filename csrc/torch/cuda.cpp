@@ -32,7 +32,8 @@ class TorchWorkspace final : public cuda::Workspace {
   std::vector<at::Tensor> blocks_;
 };
 
-void run_on_cuda(Operation operation, const Problem& problem, c10::Device device) {
+template <class AnyProblem>
+void run_on_cuda(Operation operation, const AnyProblem& problem, c10::Device device) {
   const c10::DeviceGuard guard(device);
   const c10::impl::VirtualGuardImpl streams(device.type());
   TorchWorkspace workspace(device);
@@ -41,7 +42,7 @@ void run_on_cuda(Operation operation, const Problem& problem, c10::Device device
 
 }  // namespace
 
-const Backend cuda_backend{true, &cuda::needs_aligned_rows, &run_on_cuda};
+const Backend cuda_backend{true, &cuda::needs_aligned_rows, &run_on_cuda<Problem>, &run_on_cuda<LinearProblem>};
 
 }  // namespace mmca
 

@@ -1,12 +1,7 @@
-// Schemas of linear attention and its CPU implementation: from tensors to a LinearProblem. Autograd and autocast:
-// linear_autograd.cpp; fake kernels and the gradient of the backward: mmca_ext/_linear_ops.py.
+// Linear attention: from tensors to a LinearProblem, whatever their device.
 #include "torch/linear_ops.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include "core/kernel_table.h"
-#include "torch/executor.h"
 
 namespace mmca {
 namespace {
@@ -61,7 +56,8 @@ class LinearArguments {
                      query.scalar_type(), ", got ", grad_out.scalar_type());
     TORCH_CHECK_VALUE(grad_out.device() == query.device(), op, ": grad_out must be on the query's device ",
                       query.device(), ", got ", grad_out.device());
-    p.grad_out = rows<Input>(grad_out, grad_out.const_data_ptr());
+    grad_out_ = shared_.with_aligned_rows(grad_out);
+    p.grad_out = rows<Input>(grad_out_, grad_out_.const_data_ptr());
     if (grad_S || grad_z) set_state("grad", grad_S, grad_z, query, grad_S_, grad_z_, p.grad_final_state);
     shared_.allocate_gradients(query, key, value, /*attn_mask_gradient=*/false);
     p.grad_query = shared_.problem.grad_query, p.grad_key = shared_.problem.grad_key;
@@ -75,6 +71,8 @@ class LinearArguments {
     p.row_facts = {facts_.mutable_data_ptr(), facts_.stride(0), packed_ ? 0 : facts_.stride(1), facts_.stride(2),
                    facts_.stride(3)};
   }
+  void run(Operation operation) const { shared_.run(operation, problem); }
+
   FiveTensors gradients(const OptionalTensor& state_S, const OptionalTensor& state_z) const {
     const Gradients rows = shared_.gradients();
     if (!state_S) return {rows.query, rows.key, rows.value, grad_state_S_, grad_state_z_};
@@ -136,13 +134,8 @@ class LinearArguments {
 
   Arguments shared_;
   bool packed_;
-  Tensor key_mask_, state_S_, state_z_, grad_S_, grad_z_, grad_state_S_, grad_state_z_, facts_;
+  Tensor key_mask_, state_S_, state_z_, grad_S_, grad_z_, grad_state_S_, grad_state_z_, facts_, grad_out_;
 };
-
-void run_on_cpu(Operation operation, const LinearProblem& problem) {
-  TorchExecutor executor;
-  run(operation, problem, executor);
-}
 
 }  // namespace
 
@@ -152,7 +145,7 @@ ThreeTensors linear_attention(const Tensor& query, const Tensor& key, const Tens
                               const OptionalTensor& cu_seqlens_k, bool return_state, bool is_causal) {
   LinearArguments arguments(query, key, value, state_S, state_z, key_mask, cu_seqlens_q, cu_seqlens_k, is_causal);
   const ThreeTensors results = arguments.allocate_results(query, return_state);
-  run_on_cpu(Operation::linear_forward, arguments.problem);
+  arguments.run(Operation::linear_forward);
   return results;
 }
 
@@ -163,31 +156,8 @@ FiveTensors linear_attention_backward(const Tensor& grad_out, const OptionalTens
                                       const OptionalTensor& cu_seqlens_k, bool is_causal) {
   LinearArguments arguments(query, key, value, state_S, state_z, key_mask, cu_seqlens_q, cu_seqlens_k, is_causal);
   arguments.set_gradients(grad_out, grad_S, grad_z, query, key, value);
-  run_on_cpu(Operation::linear_backward, arguments.problem);
+  arguments.run(Operation::linear_backward);
   return arguments.gradients(state_S, state_z);
-}
-
-// clang-format off
-#define MMCA_LINEAR_TENSORS \
-  "Tensor query, Tensor key, Tensor value, Tensor? state_S, Tensor? state_z, Tensor? key_mask, Tensor? cu_seqlens_q, " \
-  "Tensor? cu_seqlens_k, "
-
-TORCH_LIBRARY_FRAGMENT(mmca_ext, m) {
-  m.def("linear_attention(" MMCA_LINEAR_TENSORS "bool return_state, bool is_causal) "
-        "-> (Tensor out, Tensor S, Tensor z)");
-  m.def("linear_attention_backward(Tensor grad_out, Tensor? grad_S, Tensor? grad_z, " MMCA_LINEAR_TENSORS
-        "bool is_causal) "
-        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_state_S, Tensor grad_state_z)");
-  // Given the gradients that arrive at linear_attention_backward's five results: those of grad_out, grad_S, grad_z,
-  // query, key, value, state_S and state_z; empty where there is none.
-  m.def("linear_attention_double_backward(Tensor?[] grads, Tensor grad_out, Tensor? grad_S, Tensor? grad_z, "
-        MMCA_LINEAR_TENSORS "bool is_causal) -> Tensor[]");
-}
-// clang-format on
-
-TORCH_LIBRARY_IMPL(mmca_ext, CPU, m) {
-  m.impl("linear_attention", &linear_attention);
-  m.impl("linear_attention_backward", &linear_attention_backward);
 }
 
 }  // namespace mmca

@@ -1,4 +1,4 @@
-// Linear attention as C++ functions; schemas in linear_ops.cpp, meaning in core/linear_problem.h and
+// Linear attention as C++ functions; schemas in schemas.cpp, meaning in core/linear_problem.h and
 // mmca_ext/functional.py. Tensors first, then plain numbers, as in torch/ops.h.
 #pragma once
 

@@ -15,7 +15,7 @@
 #include "cuda/run.h"
 #include "emulator.h"
 #include "torch/backend.h"
-#include "torch/ops.h"
+#include "torch/linear_ops.h"
 
 namespace mmca {
 namespace {
@@ -106,6 +106,9 @@ class DeviceMemory final : public cuda::Workspace {
   int taken_ = 0;
 };
 
+// Numbers of a row that may be read: cuda/run.h.
+std::int64_t padded(DType dtype, std::int64_t dim) { return cuda::needs_aligned_rows(dtype) ? (dim + 7) / 8 * 8 : dim; }
+
 // The problem with all its memory on the device.
 class DeviceProblem {
  public:
@@ -141,8 +144,8 @@ class DeviceProblem {
     p.lse.data = kept(memory_.input("lse", p.lse.data, statistic_bytes_, rows(p.lse)));
     p.lse_low.data = kept(memory_.input("lse_low", p.lse_low.data, statistic_bytes_, rows(p.lse_low)));
     p.group_out.data = kept(memory_.input("group_out", p.group_out.data, statistic_bytes_, group_out));
-    p.grad_out.data =
-        memory_.input("grad_out", p.grad_out.data, element_size(p.dtype), outputs(p.grad_out, padded(p.value_dim)));
+    p.grad_out.data = memory_.input("grad_out", p.grad_out.data, element_size(p.dtype),
+                                    outputs(p.grad_out, padded(p.dtype, p.value_dim)));
     p.grad_lse.data = memory_.input("grad_lse", p.grad_lse.data, statistic_bytes_, rows(p.grad_lse));
     gradient("grad_query", p.grad_query, p.q_heads, p.q_len, p.head_dim);
     gradient("grad_key", p.grad_key, p.kv_heads, p.k_len, p.head_dim);
@@ -156,10 +159,6 @@ class DeviceProblem {
 
  private:
   std::int64_t batches() const { return moved.q_offsets ? 1 : moved.batch; }
-  // Numbers of a row that may be read: cuda/run.h.
-  std::int64_t padded(std::int64_t dim) const {
-    return cuda::needs_aligned_rows(moved.dtype) ? (dim + 7) / 8 * 8 : dim;
-  }
 
   template <class Tensor>
   Axes pairs(const Tensor& t) const {
@@ -180,8 +179,9 @@ class DeviceProblem {
   }
 
   void row(const char* name, Input& t, std::int64_t heads, std::int64_t length, std::int64_t dim) {
-    t.data = memory_.input(name, t.data, element_size(moved.dtype),
-                           {{batches(), t.batch}, {heads, t.head}, {length, t.row}, {padded(dim), t.feature}});
+    t.data =
+        memory_.input(name, t.data, element_size(moved.dtype),
+                      {{batches(), t.batch}, {heads, t.head}, {length, t.row}, {padded(moved.dtype, dim), t.feature}});
   }
   void gradient(const char* name, Output& t, std::int64_t heads, std::int64_t length, std::int64_t dim) {
     t.data = memory_.result(name, t.data, element_size(moved.dtype),
@@ -199,12 +199,78 @@ class DeviceProblem {
   std::int64_t statistic_bytes_;
 };
 
+// The same of linear attention.
+class DeviceLinearProblem {
+ public:
+  DeviceLinearProblem(const LinearProblem& problem, Operation operation, DeviceMemory& memory)
+      : moved(problem), memory_(memory) {
+    LinearProblem& p = moved;
+    row("query", p.query, p.q_heads, p.q_len, p.head_dim);
+    row("key", p.key, p.kv_heads, p.k_len, p.head_dim);
+    row("value", p.value, p.kv_heads, p.k_len, p.value_dim);
+    read("q_offsets", p.q_offsets, p.batch + 1);
+    read("k_offsets", p.k_offsets, p.batch + 1);
+    read("key_mask", p.key_mask, batches() * p.k_len);
+    read("S", p.state.sum, sums());
+    read("z", p.state.normal, normals());
+    if (operation == Operation::linear_forward) {
+      result("out", p.out, p.q_heads, p.q_len, p.value_dim);
+      write("final S", p.final_state.sum, sums());
+      write("final z", p.final_state.normal, normals());
+      return;
+    }
+    row("grad_out", p.grad_out, p.q_heads, p.q_len, p.value_dim);
+    read("grad_S", p.grad_final_state.sum, sums());
+    read("grad_z", p.grad_final_state.normal, normals());
+    result("grad_query", p.grad_query, p.q_heads, p.q_len, p.head_dim);
+    result("grad_key", p.grad_key, p.kv_heads, p.k_len, p.head_dim);
+    result("grad_value", p.grad_value, p.kv_heads, p.k_len, p.value_dim);
+    write("grad_state_S", p.grad_state.sum, sums());
+    write("grad_state_z", p.grad_state.normal, normals());
+    const RowStatistic<void*>& facts = p.row_facts;
+    p.row_facts.data =
+        memory_.result("row_facts", facts.data, p.dtype == DType::f64 ? 8 : 4,
+                       {{2, facts.group}, {batches(), facts.batch}, {p.q_heads, facts.head}, {p.q_len, facts.row}});
+  }
+
+  LinearProblem moved;
+
+ private:
+  std::int64_t batches() const { return moved.q_offsets ? 1 : moved.batch; }
+  std::int64_t normals() const { return moved.batch * moved.kv_heads * moved.head_dim; }
+  std::int64_t sums() const { return normals() * moved.value_dim; }
+
+  void row(const char* name, Input& t, std::int64_t heads, std::int64_t length, std::int64_t dim) {
+    t.data =
+        memory_.input(name, t.data, element_size(moved.dtype),
+                      {{batches(), t.batch}, {heads, t.head}, {length, t.row}, {padded(moved.dtype, dim), t.feature}});
+  }
+  void result(const char* name, Output& t, std::int64_t heads, std::int64_t length, std::int64_t dim) {
+    t.data = memory_.result(name, t.data, element_size(moved.dtype),
+                            {{batches(), t.batch}, {heads, t.head}, {length, t.row}, {dim, t.feature}});
+  }
+  template <class T>
+  void read(const char* name, const T*& data, std::int64_t count) {
+    data = static_cast<const T*>(memory_.input(name, data, sizeof(T), {{count, 1}}));
+  }
+  void write(const char* name, double*& data, std::int64_t count) {
+    data = static_cast<double*>(memory_.result(name, data, sizeof(double), {{count, 1}}));
+  }
+
+  DeviceMemory& memory_;
+};
+
 void run_on_emulated_device(Operation operation, const Problem& problem, c10::Device) {
   DeviceMemory memory;
   cuda::run(operation, DeviceProblem(problem, operation, memory).moved, memory, /*device=*/0, nullptr);
 }
+void run_linear_on_emulated_device(Operation operation, const LinearProblem& problem, c10::Device) {
+  DeviceMemory memory;
+  cuda::run(operation, DeviceLinearProblem(problem, operation, memory).moved, memory, /*device=*/0, nullptr);
+}
 
-const Backend emulated_backend{true, &cuda::needs_aligned_rows, &run_on_emulated_device};
+const Backend emulated_backend{true, &cuda::needs_aligned_rows, &run_on_emulated_device,
+                               &run_linear_on_emulated_device};
 
 std::unique_ptr<torch::Library> registration;
 
@@ -234,6 +300,8 @@ void emulated_device_enable(bool on) {
       std::make_unique<torch::Library>(torch::Library::IMPL, "mmca_ext", c10::DispatchKey::CPU, __FILE__, __LINE__);
   registration->impl("attention", &attention);
   registration->impl("attention_backward", &attention_backward);
+  registration->impl("linear_attention", &linear_attention);
+  registration->impl("linear_attention_backward", &linear_attention_backward);
 }
 
 // How often a kernel of the table has run; the kernels one after the other, null behind the last.

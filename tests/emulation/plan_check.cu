@@ -131,16 +131,15 @@ struct View {
     problem.image_id = memory.given(problem.image_id, k_tokens, "image_id");
     problem.q_offsets = memory.given(problem.q_offsets, problem.batch + 1, "q_offsets");
     problem.k_offsets = memory.given(problem.k_offsets, problem.batch + 1, "k_offsets");
-    const Device device{90, 4};
-    const DevicePlan plan = make_plan(problem, memory, nullptr, device);
+    const DeviceCall call{memory, nullptr, {90, 4}};
+    const DevicePlan plan = make_plan(problem, call);
     Views views;
     const std::size_t first = memory.size();
     views.entries = memory.zeros<EntryView>(q_tokens, "entries");
     views.keys = memory.zeros<KeyView>(2 * k_tokens, "keys");
     const std::int64_t q_tiles = tile_count(problem, plan, view_threads, false);
     const std::int64_t k_tiles = tile_count(problem, plan, view_threads, true);
-    Launch{problem, plan, memory, nullptr, device}(&view_kernel, q_tiles + 2 * k_tiles, view_threads, 0, problem, plan,
-                                                   views, q_tiles, k_tiles, k_tokens);
+    call(&view_kernel, q_tiles + 2 * k_tiles, view_threads, 0, problem, plan, views, q_tiles, k_tiles, k_tokens);
     entries = memory.contents<EntryView>(first);
     keys = memory.contents<KeyView>(first + 1);
   }
