@@ -46,9 +46,12 @@ FUZZ_CASES ?= 100000
 fuzz: build  ## random cases against fp64, ten times as many as in the tests
 	MMCA_EXT_FUZZ_CASES=$(FUZZ_CASES) $(PY) -m pytest -q -m fuzz
 
-# What holds on any device; the CPU's suites ask for more in places (weights of 32 bits, its instruction sets).
-EMULATED ?= tests/test_emulated_kernels.py tests/test_differential.py tests/test_autograd.py tests/test_gradcheck.py \
-  tests/test_bad_packing.py tests/test_packed_layers.py
+# What holds on any device and takes minutes there; the CPU's suites ask for more in places (weights of 32 bits, its
+# instruction sets). Of tests/faults some: a GPU runs them all (bench/gpu.sh).
+EMULATED ?= tests/test_emulated_kernels.py tests/test_emulated_forward.py tests/test_emulated_backward.py \
+  tests/test_functional_api.py tests/test_autograd.py tests/test_bad_packing.py tests/test_packed_layers.py \
+  tests/test_gradcheck.py tests/test_differential.py $(EMULATED_FAULTS:%=tests/faults/test_%.py)
+EMULATED_FAULTS := arguments autograd empty_rows extreme_numbers
 
 SOAK_STEPS ?= 30000
 SOAK_REPEATS ?= 2000
@@ -62,8 +65,8 @@ emulated: build  ## CUDA's kernels on an emulated GPU: the suites of the operato
 cuda-report:  ## registers, stack and spills of every CUDA kernel that the last build compiled
 	@$(PY) cuda_compiler.py --report build
 
-mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale")
-	$(PY) tests/mutants.py $(MUTANTS)
+mutants: build  ## take away guard after guard and see that a test fails (MUTANTS="kernels --only scale"; cuda: barriers)
+	$(PY) $(if $(filter cuda,$(MUTANTS)),tests/emulation/mutate.py $(filter-out cuda,$(MUTANTS)),-m tests.mutants $(MUTANTS))
 
 packaging: build  ## every way to build and install, with and without isolation and torch
 	$(PIP) install build

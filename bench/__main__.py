@@ -57,6 +57,10 @@ def parse(argv):
     gpu.add_argument("--budget", type=float, help="seconds after which no further case is begun")
     gpu.add_argument("--json", type=Path, help="write the results here, and a table beside it (.md)")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    gpu.add_argument("--compile", action="store_true", help="time nothing: fill the cache of the peers' compilers")
+    gpu.add_argument(
+        "--resume", action="store_true", help="keep what --json has, and begin with the case after its last"
+    )
     gpu.add_argument("--shrink", type=int, default=1, help="divide lengths by this, for a dry run")
     added["plot"].add_argument("results", type=Path)
     added["plot"].add_argument("--format", default="svg", choices=("svg", "png"))

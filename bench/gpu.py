@@ -3,12 +3,15 @@
 Time is the GPU's, between two events around a call, after a write that is larger than the caches (so that nothing is
 found there, and so that the host is ahead of the GPU). The measures of this GPU are taken first: a large matrix
 product in each dtype, and a copy of a gigabyte. A peer that fails, or whose numbers differ from ours, is noted and left
-out. With --device cpu everything runs on the CPU, timed by its clock: a dry run, of which the figures say nothing.
+out. What leaves the GPU without a context (a wild address) costs one case: the next begins in a new process. With
+--device cpu everything runs on the CPU, timed by its clock: a dry run, of which the figures say nothing.
 """
 
 import datetime
+import os
 import shlex
 import statistics
+import sys
 import time
 
 import torch
@@ -233,19 +236,62 @@ def table(about, all_rows, failures):
     return "\n".join(lines) + "\n"
 
 
+def compile_peers(works, device):
+    """Calls once whatever has a compiler of its own, forward and backward: it leaves its code on disk."""
+    for work in works:
+        for name, call in work.peers.items():
+            if "FlexAttention" not in name:
+                continue
+            began = time.monotonic()
+            try:
+                inputs = work.tensors(device)
+                out = call(*inputs)
+                if work.backward:
+                    torch.autograd.grad(out, inputs, torch.ones_like(out))
+                result = f"{time.monotonic() - began:.1f} s"
+            except Exception as error:
+                result = first_line(error)
+            print(f"{work.name:52} {name:18} {result}", flush=True)
+
+
+def is_lost(device):
+    """Whether an error has left the process without its GPU."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def run(options, argv):
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise results.Problem("torch sees no GPU here; --device cpu is a dry run")
+    works = [work for work in Cases(device, options.shrink).all() if options.filter in work.name]
+    if options.compile:
+        return compile_peers(works, device)
+    measured, failures, began = [], [], time.monotonic()
+    if options.resume and options.json and options.json.exists():
+        kept = results.load(options.json)
+        measured, failures = kept["rows"], kept["failures"]
+    seen = {entry["case"] for entry in (*measured, *failures)}
+    done = max((i + 1 for i, work in enumerate(works) if work.name in seen), default=0)
     clock = Clock(device)
     limits = ceilings(device, clock, min(options.seconds, 0.5))
     about = facts(argv, device, limits)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
-    measured, failures, began = [], [], time.monotonic()
-    for work in Cases(device, options.shrink).all():
-        if options.filter not in work.name:
-            continue
-        if options.budget and time.monotonic() - began > options.budget:
+
+    def seconds_left():
+        return float("inf") if options.budget is None else max(0.0, options.budget - (time.monotonic() - began))
+
+    def keep():
+        if options.json:
+            results.save(options.json, "rows", {"about": about, "rows": measured, "failures": failures})
+            options.json.with_suffix(".md").write_text(table(about, measured, failures))
+
+    for work in works[done:]:
+        if seconds_left() == 0:
             failures.append({"case": work.name, "peer": "ours", "error": "the time was up"})
             continue
         try:
@@ -255,9 +301,12 @@ def run(options, argv):
         except Exception as error:
             failures.append({"case": work.name, "peer": "ours", "error": first_line(error)})
             print(f"{work.name:52} ours fails: {first_line(error)}", flush=True)
-        if options.json:  # after every case: whatever ends the run, these are kept
-            results.save(options.json, "rows", {"about": about, "rows": measured, "failures": failures})
-            options.json.with_suffix(".md").write_text(table(about, measured, failures))
+            if options.json and is_lost(device):
+                keep()
+                left = [] if options.budget is None else ["--budget", f"{seconds_left():.0f}"]
+                os.execv(sys.executable, [sys.executable, "-m", "bench", *argv, "--resume", *left])
+        keep()  # after every case: whatever ends the run, these are kept
+    keep()
     if not measured:
         raise results.Problem(f"nothing measured for {options.filter!r}")
     reached = [row["ratio"] >= row["goal"] for row in best_peers(measured) if row["goal"]]

@@ -87,7 +87,9 @@ def attention(
         max_seqlen_q, max_seqlen_k: upper bounds on the lengths, checked; not needed.
         deterministic: the same bits every time, also where that is slower, as `torch.use_deterministic_algorithms`
             asks for everywhere. On the CPU it changes nothing; on CUDA sums of gradients over blocks, and over what a
-            bias was broadcast to, depend on the order of blocks otherwise.
+            bias was broadcast to, depend on the order of blocks otherwise. Every time is every call of these shapes on
+            this GPU: in 16 bits the last bits of a row may change with the number and the lengths of all sequences,
+            among whose rows and keys the GPU's blocks are shared out, though never with what another sequence holds.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:

@@ -33,7 +33,9 @@ def bounds(case, exact, w16=0.0):
         dg   : e |dg| + sqrt(n) (2 a max|v| |dO|_1 + u |dO|_1 max|v|) dg = rowsum(dO O_r); n rows share an element
 
     w16, if given, is weight_rounding: the weights that multiply v, dO and make O_r are off by as much, but not those
-    that are summed for lse. So out has w16 max|v| more, dv has w16 where it has a, dg has w16 where it has 2 a.
+    that are summed for lse. So out has w16 max|v| more, dv has w16 where it has a, dg has w16 where it has 2 a. dS is
+    rounded too before it multiplies k and q, but not for db, and |dS| <= 2 A: dq and dk have 2 w16 A more. D reads an
+    out that is off by e16 / 2 and by w16 = e16 / 2: no more than the e16 A that dS has anyway.
 
     e16 is e where D = rowsum(dO out) reads an out of 16 bits, else 0. Dropout multiplies weights by z = 1 / (1 - p),
     hence v and dO in the products, and so does a gate w; separate softmaxes that are added (merge "sum") add their
@@ -96,12 +98,13 @@ def bounds(case, exact, w16=0.0):
     value_size = of_row(largest(value.abs().flatten(2)))
     arrives = z * gate * grad_out.norm(dim=-1) * of_row(largest(value.norm(dim=-1))) + grad_lse
     score_gradient = (a + e16) * arrives
+    rounded_gradient = score_gradient + 2 * w16 * arrives  # as dq and dk take it
 
     bound = {
         "out": z * gate * (2 * a + groups * w16) * value_size,
         "lse": a if groups == 1 else torch.stack((a, a)),
-        "dq": score_gradient * scale * of_row(largest(key.abs().flatten(2))),
-        "dk": rows * scale * of_key(score_gradient * query.abs().amax(-1)),
+        "dq": rounded_gradient * scale * of_row(largest(key.abs().flatten(2))),
+        "dk": rows * scale * of_key(rounded_gradient * query.abs().amax(-1)),
         "dv": rows * of_key(z * gate * (a + groups * w16) * grad_out.abs().amax(-1)),
     }
     pairs = case.batch * case.heads * case.q_len * case.k_len

@@ -43,3 +43,16 @@ def _enable(device):
         import cuda_device
 
         cuda_device.enable(device == "cuda")
+
+
+def is_lost():
+    """Whether an error has left this process without its GPU."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

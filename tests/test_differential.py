@@ -4,11 +4,14 @@ import os
 
 import accuracy
 import cases
+import devices
 import pytest
 import torch
 from cases import Case, check, run_kernels
 
-CASES, BATCH = 10_000, 100
+# The emulated GPU is some thousand times slower, and test_emulated_kernels.py has its own cases: the first tenth there.
+CASES, BATCH = 1_000 if devices.current == "emulated" else 10_000, 100
+MEASURED = 3_000 if devices.current == "emulated" else 6_000  # a hundred of each dtype and result
 FUZZ_BATCH = 1_000
 FUZZ_CASES = int(os.environ.get("MMCA_EXT_FUZZ_CASES", 0))
 
@@ -74,7 +77,7 @@ def test_the_check_can_fail(monkeypatch, name):
 
 @pytest.fixture(scope="module")
 def measured():
-    return accuracy.measure(range(6000))
+    return accuracy.measure(range(MEASURED))
 
 
 @pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=lambda dtype: str(dtype)[6:])

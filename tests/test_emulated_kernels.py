@@ -143,6 +143,18 @@ def test_shapes_of_every_gpu(device, sm, dim, name, dtype):
         device.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("bad", ["query", "grad_out"])
+def test_a_row_that_is_not_finite_stays_with_the_keys_it_sees(bad, dtype):
+    """Whichever thread has met the NaN: it is in one feature of one row."""
+    tensors = {n: randn(1, 1, 40, 64, seed=i, dtype=dtype) for i, n in enumerate(("query", "key", "value", "grad_out"))}
+    tensors[bad][0, 0, 3, 37] = torch.nan
+    grad_out = tensors.pop("grad_out")
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    _, *gradients = torch.autograd.grad(functional.attention(*leaves, is_causal=True), leaves, grad_out)
+    assert all(g[:, :, 4:].isfinite().all() for g in gradients)
+
+
 # ---------------------------------------------------------------- how 16-bit rows lie
 
 

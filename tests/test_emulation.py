@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from cpp_suites import ROOT, Unavailable, run
-from emulation.mutate import mutants_of
+from emulation.mutate import command_for, mutants_of
 from emulator import (
     ASCENDING,
     BOUNDS,
@@ -351,3 +351,13 @@ def test_mutation_run(command, status):
     done = run(sys.executable, SOURCES / "mutate.py", *options, "--", sys.executable, "-c", script, timeout=300)
     assert done.returncode == status, done.stdout
     assert "2 mutants, 2 found, 0 not" in done.stdout or done.stdout.count("SURVIVED") == 2, done.stdout
+
+
+def test_every_mutant_has_tests_of_its_own_and_they_are_there():
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"))
+    mutated = [f for f in files if not f.endswith("primitives.cuh") and list(mutants_of(f, (ROOT / f).read_text()))]
+    commands = {tuple(command_for(file)) for file in mutated}
+    assert mutated and tuple(command_for("csrc/cuda/scores.cuh")) not in commands
+    tests = sorted({test for command in commands for test in command if "::" in test})
+    done = run(sys.executable, "-m", "pytest", "-q", "--collect-only", *tests, timeout=300)
+    assert done.returncode == 0 and f"{len(tests)} tests collected" in done.stdout, done.stdout

@@ -4,6 +4,7 @@ The first derivative is a kernel per instruction set; the second goes through th
 of the first.
 """
 
+import devices
 import pytest
 import torch
 from cases import ISAS
@@ -92,27 +93,36 @@ def test_one_argument_alone(name, wanted):
 
 # ---------------------------------------------------------------- second and third derivatives
 
+# An hour on the emulated GPU, and little to learn: the second derivative is the reference's, and what the kernels give,
+# the first, has been held to differences by then.
+not_emulated = pytest.mark.skipif(devices.current == "emulated", reason="an hour on the emulated GPU")
 
+
+@not_emulated
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_second_derivatives(name):
     check_twice(*function_of(problem(name, dim=1, value_dim=2)))
 
 
+@not_emulated
 @pytest.mark.parametrize("name", ["softcap", "bias (5, 7)", "packed and all", "mmca causal lse", "mmca gate (4, 1, 2)"])
 def test_second_derivatives_of_longer_heads(name):
     check_twice(*function_of(problem(name, dim=5, value_dim=3, rows=True)))
 
 
+@not_emulated
 @pytest.mark.parametrize("wanted", [("attn_mask",), ("query",), ("key", "attn_mask")])
 def test_second_derivatives_of_some_arguments(wanted):
     check_twice(*function_of(problem("bias and all", dim=1, value_dim=2, requires_grad=wanted)))
 
 
+@not_emulated
 @pytest.mark.parametrize("wanted", [("gate",), ("value",), ("key", "gate")])
 def test_second_derivatives_of_some_arguments_of_mmca(wanted):
     check_twice(*function_of(problem("mmca gate and all", dim=1, value_dim=2, requires_grad=wanted)))
 
 
+@not_emulated
 @pytest.mark.parametrize(
     "name", ["plain", "bias (1, 5, 7)", "dropout", "softcap", "packed and all", "mmca causal sum", "mmca gate (2,)"]
 )

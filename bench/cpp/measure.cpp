@@ -196,9 +196,10 @@ void run_case(const Kernel& kernel, Subject& subject, Pool& pool, const std::str
   }
   const Figures figures = measure(kernel, subject, pool, limit, seconds);
   const bool memory = limit == Limit::memory;
-  std::printf("%-52s %11.1f us %8.1f GF/s [%.1f %.1f] %5.1f%% of %.1f %s\n", name.c_str(), 1e6 * figures.seconds.middle,
-              figures.gflops.middle, figures.gflops.low, figures.gflops.high, 100 * figures.share.middle, figures.limit,
-              memory ? "GB/s, a plain sum's" : "GF/s, the FMA peak");
+  std::printf("%-52s %11.1f us %8.1f GF/s [%.1f %.1f] %5.1f%% of %.1f %s%s\n", name.c_str(),
+              1e6 * figures.seconds.middle, figures.gflops.middle, figures.gflops.low, figures.gflops.high,
+              100 * figures.share.middle, figures.limit, memory ? "GB/s, a plain sum's" : "GF/s, the peak of ",
+              memory ? "" : meter_of(kernel.isa).limit);
   std::fflush(stdout);
 
   const auto record = [](const char* key, const std::string& value) { testing::Test::RecordProperty(key, value); };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/cpu_features.h"
 
@@ -14,6 +15,16 @@ struct Meter {
   float (*multiply_add)(std::int64_t steps, float factor, float addend) = nullptr;
   // The sum of `count` floats.
   float (*sum)(const float* data, std::int64_t count) = nullptr;
+  const char* limit = "multiply-adds";
+};
+
+// An inner loop of AMX, `registers` of its operands or products long. Plain pointers: nothing of the standard library
+// is compiled for a newer processor.
+struct MatrixLoop {
+  const char* name;
+  bool product;
+  double registers;
+  void (*run)(std::int64_t times);
 };
 
 }  // namespace mmca::bench
@@ -30,6 +41,10 @@ void get_meter(bench::Meter& meter);
 namespace meter_avx512 {
 void get_meter(bench::Meter& meter);
 }
+namespace meter_amx {
+void get_meter(bench::Meter& meter);  // all but the sum
+void get_loops(const bench::MatrixLoop*& first, int& count);
+}  // namespace meter_amx
 #endif
 #if defined(__aarch64__)
 namespace meter_neon {
@@ -44,14 +59,25 @@ inline Meter meter_of(Isa isa) {
   Meter meter;
 #if defined(__x86_64__)
   if (isa == Isa::avx2) cpu::meter_avx2::get_meter(meter);
-  // Tiles share the processor with AVX-512, and are measured by its multiply-adds.
   if (isa == Isa::avx512 || isa == Isa::amx) cpu::meter_avx512::get_meter(meter);
+  if (isa == Isa::amx) cpu::meter_amx::get_meter(meter);
 #endif
 #if defined(__aarch64__)
   if (isa == Isa::neon) cpu::meter_neon::get_meter(meter);
 #endif
   if (isa == Isa::scalar) cpu::meter_scalar::get_meter(meter);
   return meter;
+}
+
+inline std::vector<MatrixLoop> matrix_loops() {
+#if defined(__x86_64__)
+  const MatrixLoop* first = nullptr;
+  int count = 0;
+  cpu::meter_amx::get_loops(first, count);
+  return {first, first + count};
+#else
+  return {};
+#endif
 }
 
 }  // namespace mmca::bench

@@ -2,8 +2,8 @@
 // limit, and what the work between the products costs.
 //
 // The unit is the slot: the time of one multiply-add of a register in the peak loop of the same instruction set, which
-// is half a cycle on processors with two such units. A product of n register multiply-adds takes n slots at the peak;
-// work that is no product is given in slots a register.
+// is half a cycle on processors with two such units; of AMX, of a product of two tiles, 16 cycles. A product of n
+// register multiply-adds takes n slots at the peak; work that is no product is given in slots a register.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -46,25 +46,37 @@ struct Tile {
   const char* name;
   bool product;
   double registers;  // multiply-adds, or registers worked on, of one call
-  std::function<void()> run;
+  std::function<void(std::int64_t times)> run;
 };
 
 std::vector<Tile> tiles_of(const Probe<float>& p, Memory& m) {
   const int height = p.tile_rows, features = depth / p.width;
+  const auto again = [](auto body) {
+    return [body](std::int64_t times) {
+      for (; times > 0; --times) body();
+    };
+  };
   return {
       {"score", true, 2.0 * height * depth,
-       [&p, &m, height] { p.score_tile(height, depth, m.strip, m.panel, m.rows); }},
+       again([&p, &m, height] { p.score_tile(height, depth, m.strip, m.panel, m.rows); })},
       {"weigh", true, 2.0 * height * keys,
-       [&p, &m, height] { p.rescaled_row_tile(height, keys, m.rows, m.panel, m.out, depth, m.factor); }},
+       again([&p, &m, height] { p.rescaled_row_tile(height, keys, m.rows, m.panel, m.out, depth, m.factor); })},
       {"query_gradient", true, 2.0 * height * keys,
-       [&p, &m, height] { p.row_tile(height, keys, m.rows, m.panel, m.out, depth); }},
-      {"key_gradient", true, 2.0 * height * 16, [&p, &m] { p.transposed_tile(16, m.rows, m.panel, m.out, depth); }},
+       again([&p, &m, height] { p.row_tile(height, keys, m.rows, m.panel, m.out, depth); })},
+      {"key_gradient", true, 2.0 * height * 16,
+       again([&p, &m] { p.transposed_tile(16, m.rows, m.panel, m.out, depth); })},
       {"weigh_4_rows_in_place", true, 4.0 * keys * features,
-       [&p, &m] { p.direct_weigh(4, keys, m.rows, m.row, depth, m.panel, m.factor); }},
+       again([&p, &m] { p.direct_weigh(4, keys, m.rows, m.row, depth, m.panel, m.factor); })},
       {"exp2_row", false, static_cast<double>(keys) / p.width,
-       [&p, &m] { p.exp2_row(m.exponents, keys, 0.5, 1); }},  // of numbers up to 1, which they stay
-      {"pack_columns", false, 2.0 * depth, [&p, &m] { p.pack_panel(m.row, 2 * p.width, depth, 1, m.panel); }},
+       again([&p, &m] { p.exp2_row(m.exponents, keys, 0.5, 1); })},  // of numbers up to 1, which they stay
+      {"pack_columns", false, 2.0 * depth, again([&p, &m] { p.pack_panel(m.row, 2 * p.width, depth, 1, m.panel); })},
   };
+}
+
+std::vector<Tile> matrix_tiles() {
+  std::vector<Tile> tiles;
+  for (const MatrixLoop& loop : matrix_loops()) tiles.push_back({loop.name, loop.product, loop.registers, loop.run});
+  return tiles;
 }
 
 // The median of alternating rounds, in slots a register.
@@ -74,9 +86,7 @@ double slots(const Meter& meter, const Tile& tile, double seconds) {
   float kept = 0;
   std::vector<double> ratios;
   for (const double end = wall_clock() + seconds; ratios.size() < 5 || wall_clock() < end;) {
-    const double ours = seconds_of_one_thread([&] {
-      for (double call = 0; call < calls; ++call) tile.run();
-    });
+    const double ours = seconds_of_one_thread([&] { tile.run(static_cast<std::int64_t>(calls)); });
     const double peak =
         seconds_of_one_thread([&] { kept = meter.multiply_add(static_cast<std::int64_t>(steps), 0.999f, 0.001f); });
     ratios.push_back(ours / (calls * tile.registers) / (peak / (std::floor(steps) * per_step)));
@@ -87,36 +97,34 @@ double slots(const Meter& meter, const Tile& tile, double seconds) {
 
 class TileTest : public testing::Test {
  public:
-  TileTest(const Probe<float>& probe, int index, double seconds) : probe_(probe), index_(index), seconds_(seconds) {}
+  TileTest(Isa isa, Tile tile, double seconds) : isa_(isa), tile_(std::move(tile)), seconds_(seconds) {}
   void TestBody() override {
-    static Memory memory;
-    const Tile tile = tiles_of(probe_, memory)[static_cast<std::size_t>(index_)];
-    const double found = slots(meter_of(probe_.isa), tile, seconds_);
-    std::printf("%-28s %-7s %6.2f slots a register%s", tile.name, to_string(probe_.isa), found,
-                tile.product ? "" : "\n");
-    if (tile.product) std::printf(", %5.1f%% of the FMA peak\n", 100 / found);
-    RecordProperty("isa", to_string(probe_.isa)), RecordProperty("slots", std::to_string(found));
-    EXPECT_GT(found, tile.product ? 0.5 : 0.1) << "quicker than the peak: what is measured is not the tile";
+    const Meter meter = meter_of(isa_);
+    const double found = slots(meter, tile_, seconds_);
+    std::printf("%-28s %-7s %6.2f slots a register%s", tile_.name, to_string(isa_), found, tile_.product ? "" : "\n");
+    if (tile_.product) std::printf(", %5.1f%% of the peak of %s\n", 100 / found, meter.limit);
+    RecordProperty("isa", to_string(isa_)), RecordProperty("slots", std::to_string(found));
+    const double least = tile_.product ? 0.5 : isa_ == Isa::amx ? 0.01 : 0.1;
+    EXPECT_GT(found, least) << "quicker than the peak: what is measured is not the tile";
   }
 
  private:
-  const Probe<float>& probe_;
-  int index_;
+  Isa isa_;
+  Tile tile_;
   double seconds_;
 };
 
 void register_tiles(double seconds) {
   static const std::vector<Probe<float>> probes = test::probes<float>();
-  for (const Probe<float>& probe : probes) {
-    if (!missing_features(probe.isa, cpu_features()).empty() || (forced_isa() && *forced_isa() != probe.isa)) continue;
-    Memory memory;
-    const auto tiles = tiles_of(probe, memory);
-    for (int i = 0; i < static_cast<int>(tiles.size()); ++i)
-      testing::RegisterTest("Tiles",
-                            (std::string(tiles[static_cast<std::size_t>(i)].name) + "/" + to_string(probe.isa)).c_str(),
-                            nullptr, nullptr, __FILE__, __LINE__,
-                            [&probe, i, seconds]() -> testing::Test* { return new TileTest(probe, i, seconds); });
-  }
+  static Memory memory;
+  const auto add = [seconds](Isa isa, const std::vector<Tile>& tiles) {
+    if (!missing_features(isa, cpu_features()).empty() || (forced_isa() && *forced_isa() != isa)) return;
+    for (const Tile& tile : tiles)
+      testing::RegisterTest("Tiles", (std::string(tile.name) + "/" + to_string(isa)).c_str(), nullptr, nullptr,
+                            __FILE__, __LINE__, [=]() -> testing::Test* { return new TileTest(isa, tile, seconds); });
+  };
+  for (const Probe<float>& probe : probes) add(probe.isa, tiles_of(probe, memory));
+  add(Isa::amx, matrix_tiles());
 }
 
 }  // namespace

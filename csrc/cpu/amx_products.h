@@ -77,18 +77,14 @@ class MatrixProducts {
   }
 
   void pack_keys(const KeyList& list, std::int32_t first, int keys) {
-    const RowReader<BFloat16> key = from_.key(), value = from_.value();
+    const RowReader<BFloat16> key = from_.key();
     const BFloat16* source[width];
-    parts_ = list.size < two_parts_from ? 3 : 2;
-    values_finite_ = true;
     for (int c = 0; c < keys; c += width) {
       const int n = std::min(width, keys - c);
       for (int i = 0; i < n; ++i) source[i] = key.row(list.position(first + c + i), buffer_ + i * key.padded);
       pack_feature_pairs(source, n, key.padded, keys_ + static_cast<std::ptrdiff_t>(c) * key.padded);
-      for (int i = 0; i < n; ++i) source[i] = value.row(list.position(first + c + i), buffer_ + i * value.padded);
-      values_finite_ &=
-          pack_row_pairs(source, n, value.padded, values_ + static_cast<std::ptrdiff_t>(c) * value.padded);
     }
+    pack_values(list, first, keys);
   }
 
   float* scores(int row) { return scores_ + row * stride; }
@@ -137,9 +133,29 @@ class MatrixProducts {
 
   bool values_finite() const { return values_finite_; }
 
- private:
+ protected:
   static constexpr int width = lanes<float>;
 
+  void pack_values(const KeyList& list, std::int32_t first, int keys) {
+    const RowReader<BFloat16> value = from_.value();
+    const BFloat16* source[width];
+    parts_ = list.size < two_parts_from ? 3 : 2;
+    values_finite_ = true;
+    for (int c = 0; c < keys; c += width) {
+      const int n = std::min(width, keys - c);
+      for (int i = 0; i < n; ++i) source[i] = value.row(list.position(first + c + i), buffer_ + i * value.padded);
+      values_finite_ &=
+          pack_row_pairs(source, n, value.padded, values_ + static_cast<std::ptrdiff_t>(c) * value.padded);
+    }
+  }
+
+  const Operands<BFloat16> from_;
+  const std::int64_t begin_;
+  const int count_;
+  const float query_factor_;
+  BFloat16 *query_, *keys_, *values_, *rest_, *buffer_;
+
+ private:
   BFloat16* rest(int row) { return rest_ + row * rest_stride; }
 
   BFloat16* strip(int row) const {
@@ -182,12 +198,7 @@ class MatrixProducts {
     store_square<both>(out, from_.padded_value_dim);
   }
 
-  const Operands<BFloat16> from_;
-  const std::int64_t begin_;
-  const int count_;
-  const float query_factor_;
   int parts_ = 3;
   bool values_finite_ = true;
-  BFloat16 *query_, *keys_, *values_, *rest_, *buffer_;
   float* scores_;
 };

@@ -61,52 +61,74 @@ MMCA_INLINE void pack_feature_pairs(const BFloat16* const* rows, int count, int 
     }
 }
 
+// Which numbers are finite, of several rows of 32: the largest exponents seen tell.
+class FiniteRows {
+ public:
+  FiniteRows() : largest_(_mm512_setzero_si512()) {}
+  void see(__m512i x) { largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(x, exponent())); }
+  bool all() const { return _mm512_cmpeq_epi16_mask(largest_, exponent()) == 0; }
+
+  // Makes 0 of what is not finite.
+  static MMCA_NOINLINE void clean(BFloat16* numbers, std::ptrdiff_t count) {
+    for (std::ptrdiff_t i = 0; i < count; i += 32) {
+      const __m512i x = _mm512_load_si512(numbers + i);
+      const __mmask32 finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(x, exponent()), exponent());
+      _mm512_store_si512(numbers + i, _mm512_maskz_mov_epi16(finite, x));
+    }
+  }
+
+ private:
+  static __m512i exponent() { return _mm512_set1_epi16(0x7f80); }
+  __m512i largest_;
+};
+
 // Rows j and j + 16 of up to 32 in pairs: features 32 d .. 32 d + 15 and the next 16 of one pair, feature by feature.
-// What is not finite is 0, and its lanes are added to `non_finite`.
 MMCA_INLINE void pair_rows(const BFloat16* const* rows, int count, int j, int d, __m512i (&pair)[2],
-                           __mmask32& non_finite) {
+                           FiniteRows& finite) {
   alignas(64) static constexpr std::int16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i first = _mm512_load_si512(order), exponent = _mm512_set1_epi16(0x7f80);
+  const __m512i first = _mm512_load_si512(order);
   __m512i x[2];
   for (int i = 0; i < 2; ++i) {
     x[i] = j + 16 * i < count ? _mm512_loadu_si512(rows[j + 16 * i] + 32 * d) : _mm512_setzero_si512();
-    const __mmask32 found = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x[i], exponent), exponent);
-    x[i] = _mm512_maskz_mov_epi16(~found, x[i]);
-    non_finite |= found;
+    finite.see(x[i]);
   }
   pair[0] = _mm512_permutex2var_epi16(x[0], first, x[1]);
   pair[1] = _mm512_permutex2var_epi16(x[0], _mm512_add_epi16(first, _mm512_set1_epi16(16)), x[1]);
 }
 
-// Tiles of the pairs of 32 rows, [32 features][16 features][pair][feature][2]; false if not all was finite.
+// Tiles of the pairs of 32 rows, [32 features][16 features][pair][feature][2]. What is not finite is 0 there; false if
+// there is such a number.
 MMCA_INLINE bool pack_row_pairs(const BFloat16* const* rows, int count, int padded, BFloat16* out) {
-  __mmask32 non_finite = 0;
-  for (int j = 0; j < 16; ++j, out += 32)
+  FiniteRows finite;
+  for (int j = 0; j < 16; ++j)
     for (int d = 0; d < padded / 32; ++d) {
       __m512i pair[2];
-      pair_rows(rows, count, j, d, pair, non_finite);
-      for (int i = 0; i < 2; ++i) _mm512_store_si512(out + (2 * d + i) * Tiles::elements, pair[i]);
+      pair_rows(rows, count, j, d, pair, finite);
+      for (int i = 0; i < 2; ++i) _mm512_store_si512(out + (2 * d + i) * Tiles::elements + 32 * j, pair[i]);
     }
-  return non_finite == 0;
+  if (!finite.all()) FiniteRows::clean(out, 32 * padded);
+  return finite.all();
 }
 
 // The same transposed, [16 features][feature][pair][2].
 MMCA_INLINE bool pack_transposed(const BFloat16* const* rows, int count, int padded, BFloat16* out) {
-  __mmask32 non_finite = 0;
+  FiniteRows finite;
+  BFloat16* to = out;
   for (int d = 0; d < padded / 32; ++d)
-    for (int half = 0; half < 2; ++half, out += Tiles::elements) {
+    for (int half = 0; half < 2; ++half, to += Tiles::elements) {
       __m512 pairs[16];
       for (int j = 0; j < 16; ++j) {
         __m512i pair[2];
-        pair_rows(rows, count, j, d, pair, non_finite);
+        pair_rows(rows, count, j, d, pair, finite);
         pairs[j] = _mm512_castsi512_ps(pair[half]);
       }
       Simd<float>::transpose(pairs);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_store_ps(out + 32 * i, pairs[i]);
+      for (int i = 0; i < 16; ++i) _mm512_store_ps(to + 32 * i, pairs[i]);
     }
-  return non_finite == 0;
+  if (!finite.all()) FiniteRows::clean(out, 32 * padded);
+  return finite.all();
 }
 
 // One row, times 1, -1 or 0, into the tiles of a strip, [32 features][row][32]; null: zeros.

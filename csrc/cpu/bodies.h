@@ -20,12 +20,14 @@ struct Packed {
   template <class T>
   using Forward = PackedProducts<T>;
   template <class T>
+  using FewRows = DirectProducts<T>;  // of a forward
+  template <class T>
   using Backward = PackedGradients<T>;
 };
 
 template <class T, class Products>
 void attention_forward(const Problem& problem, const Plan& plan, Executor& executor) {
-  using Kernel = Forward<T, Products::template Forward>;
+  using Kernel = Forward<T, Products>;
   const auto items = forward_items(problem, plan, executor.concurrency(), Kernel::row_block, Kernel::max_chunk);
   const Kernel kernel(problem, plan, items);
   for_each_item(executor, static_cast<std::int64_t>(items.size()), multiply_adds(problem, items, 1), kernel);

@@ -13,7 +13,7 @@
 // start at multiples of key_block of the list and strips at multiples of strip_rows of the rows, so neither chunking
 // nor threads change a bit of the result. Small heads have a kernel of their own (cpu/small.h).
 
-template <class T, template <class> class Products>
+template <class T, class Products>
 class Forward {
  public:
   static constexpr int row_block = 96,
@@ -30,8 +30,9 @@ class Forward {
     if (is_small(problem, sequence)) return run_small<T>(problem, rows, &Small<T>::forward);
     // By the shape: the same bits however rows are cut into items. Not before a backward, which packs: its scores must
     // be these to the last bit, or every weight would be off by their difference.
-    if (rows.size() <= few_rows && !problem.lse_low.data) return run<DirectProducts<T>>(rows, item);
-    run<Products<T>>(rows, item);
+    if (rows.size() <= few_rows && !problem.lse_low.data)
+      return run<typename Products::template FewRows<T>>(rows, item);
+    run<typename Products::template Forward<T>>(rows, item);
   }
 
  private:

@@ -15,11 +15,14 @@ namespace mmca::cpu::amx {
 #include "cpu/bodies.h"
 #include "cpu/amx_tiles.h"
 #include "cpu/amx_products.h"
+#include "cpu/amx_few_rows.h"
 #include "cpu/amx_gradients.h"
 
 struct Matrices {
   template <class T>
   using Forward = MatrixProducts<T>;
+  template <class T>
+  using FewRows = FewMatrixProducts<T>;
   template <class T>
   using Backward = MatrixGradients<T>;
 };

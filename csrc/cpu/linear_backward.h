@@ -136,9 +136,7 @@ class LinearValueGradient final : public LinearRowsBackwards<T> {
     return this->weighted_grad_out(row, buffer);
   }
   void reader(std::int64_t r, T* x) override {
-    const std::int64_t j = this->reader_key(r);
-    if (this->unseen(j)) this->zeros(x, this->padded_head_dim_);
-    else this->phi_of_key_row(j, x);
+    this->phi_of_key_row(this->reader_key(r), x);
   }
   void finish(std::int64_t r, const T*, T* y) override {
     const std::int64_t j = this->reader_key(r);
@@ -185,7 +183,6 @@ class LinearKeyGradient final : public LinearRowsBackwards<T> {
   void reader(std::int64_t r, T* x) override {
     const std::int64_t j = this->reader_key(r);
     const int padded = round_up(value_dim_ + 1, lanes<T>);
-    if (this->unseen(j)) return this->zeros(x, padded);
     this->copy(this->value_.row(j, x), value_dim_, x);
     x[value_dim_] = T(1);
     std::fill(x + value_dim_ + 1, x + padded, T(0));

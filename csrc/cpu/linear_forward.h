@@ -118,9 +118,7 @@ class LinearForward final : public LinearRows<T> {
     else this->phi_of_query_row(row, x);
   }
   void finish(std::int64_t e, const T* total_weight, T* y) override {
-    const Row row = this->row_of(e);
-    if (this->sees_nothing(row)) this->zeros(y, padded_value_dim_);
-    this->store_scaled(y, this->inverse(*total_weight), problem_.out, row);
+    this->store_scaled(y, this->inverse(*total_weight), problem_.out, this->row_of(e));  // 0 where nothing is seen
   }
 
   void expect_writer(std::int64_t j) const override { this->expect_key(j); }

@@ -1,15 +1,15 @@
 """Is every synchronisation of the CUDA kernels needed, and would the emulation notice if it were missing?
 
 Takes each call of syncthreads, syncwarp, cp_async_commit and cp_async_wait away in turn, lets each cp_async_wait wait
-for one group fewer, and runs a command that must then fail. All in a copy of the tree under build/emulation_mutants,
-with a build folder of its own.
+for one group fewer, and runs the tests that TESTS names for its file, of which one must then fail. All in a copy of the
+tree under build/emulation_mutants, with a build folder of its own.
 
     python tests/emulation/mutate.py [--files FILE ...] [--calls NAME,...] [--only WORDS,...] [--sample N] [--list]
                                      [-- COMMAND]
 
-Without --files: everything in csrc/cuda. --calls: further functions without a result whose calls are taken away.
-Without a command: the emulated kernels' tests. One line each: by what it was found, or SURVIVED; exit status 1 if any
-survived that EQUIVALENT does not list, or if one was found that it does list.
+Without --files: everything in csrc/cuda. --calls: further functions without a result whose calls are taken away. A
+COMMAND runs in the place of all tests. One line each: by what it was found, or SURVIVED; exit status 1 if any survived
+that EQUIVALENT does not list, or if one was found that it does list.
 """
 
 import argparse
@@ -26,7 +26,47 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "emulation_mutants"
 CALLS = ("syncthreads", "syncwarp", "cp_async_commit", "cp_async_wait")
-COMMAND = [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_emulated_kernels.py"]
+# The tests of a file's mutants, by the first name that fits: few and small, so that a mutant takes seconds.
+SHAPES, CATALOGUE, NOT_FINITE, FORWARD, BACKWARD = (
+    "tests/test_emulated_kernels.py::test_shapes_of_every_gpu",
+    "tests/test_emulated_kernels.py::test_problems_of_the_catalogue",
+    "tests/test_emulated_kernels.py::test_a_row_that_is_not_finite_stays_with_the_keys_it_sees",
+    "tests/test_emulated_forward.py::test_",
+    "tests/test_emulated_backward.py::test_every_shape",
+)
+TESTS = {
+    "csrc/cuda/plan.cu": [f"tests/test_emulated_plan.py::test_plans_agree[{seed}]" for seed in (0, 20, 40)],
+    "csrc/cuda/generic/": [
+        *(f"{SHAPES}[float32-{name}-{dim}-80]" for name in ("plain", "mask", "groups apart") for dim in (64, 256)),
+        *(f"{CATALOGUE}[mmca {name}]" for name in ("self sum", "block lse")),
+        *(f"{NOT_FINITE}[{bad}-float32]" for bad in ("query", "grad_out")),
+    ],
+    "csrc/cuda/sm80/backward": [
+        f"{BACKWARD}[{case}]"
+        for case in (
+            "causal-64-sm90x4",
+            "keys without rows-64-sm90x4",
+            "deterministic-64-sm90x4",
+            "groups apart-64-sm86x4",
+            "causal-128-sm90x100",
+        )
+    ],
+    "csrc/cuda/sm80/decode": [
+        *(f"{FORWARD}keys_shared_by_blocks[{name}-{dim}]" for name in ("plain", "mask") for dim in (64, 256)),
+        f"{FORWARD}few_rows_of_groups[64-lse]",
+    ],
+    "csrc/cuda/sm80/": [
+        *(f"{FORWARD}tiles[{name}-{dim}]" for name in ("causal", "mask") for dim in (64, 128, 256)),
+        f"{FORWARD}tiles[nothing to see-256]",
+        *(f"{FORWARD}tiles_of_groups[lse-{softcap}-64]" for softcap in (0.0, 5.0)),
+    ],
+}
+ALL_TESTS = [f"tests/test_emulated_{suite}.py" for suite in ("plan", "forward", "backward", "kernels")]
+
+
+def command_for(file):
+    tests = next((tests for name, tests in TESTS.items() if file.startswith(name)), ALL_TESTS)
+    return [sys.executable, "-m", "pytest", "-x", "-q", *tests]
 
 
 @dataclass(frozen=True)
@@ -159,7 +199,7 @@ def failure(command, timeout):
 
 
 def parse(arguments):
-    command = COMMAND
+    command = None
     if "--" in arguments:
         at = arguments.index("--")
         arguments, command = arguments[:at], arguments[at + 1 :]
@@ -196,17 +236,18 @@ def main():
         print(*mutants, sep="\n")
         return False
     make_copy()
-    start = time.monotonic()
-    if unmutated := failure(command, None):
-        raise SystemExit(f"the command fails without a mutation: {unmutated}")
-    timeout = 120 + 5 * (time.monotonic() - start)  # it compiled, too
-    wrong, found = [], 0
+    wrong, found, timeouts = [], 0, {}
     for mutant in mutants:
         path = COPY / mutant.file
-        text = path.read_text()
+        text, run = path.read_text(), command or command_for(mutant.file)
+        if tuple(run) not in timeouts:
+            start = time.monotonic()
+            if unmutated := failure(run, None):
+                raise SystemExit(f"the command fails without a mutation: {unmutated}")
+            timeouts[tuple(run)] = 120 + 5 * (time.monotonic() - start)  # it compiled, too
         try:
             path.write_text(mutant.text)
-            by = failure(command, timeout)
+            by = failure(run, timeouts[tuple(run)])
         finally:
             path.write_text(text)
         reason = mutant.reason()

@@ -5,6 +5,7 @@ MMCA_EXT_SOAK_REPEATS says how often: 20 times in `make test`, 2,000 times in `m
 
 import os
 
+import devices
 import pytest
 import torch
 
@@ -207,6 +208,8 @@ def test_forward_alone_is_the_forward_of_training(isa, dtype):
 def test_rows_that_train_are_the_same_among_few_and_many(isa, dtype):
     """Few rows take their own way only where no backward follows, which computes scores the common way: else a weight
     would be off by the difference of the two (test_weights_of_the_backward_are_those_of_the_forward)."""
+    if devices.current != "cpu" and dtype.itemsize == 2:
+        pytest.skip("few rows have a kernel of their own on a GPU, and its lse is what their backward takes")
     query, key, value = qkv(40, 300, dtype=dtype)
     many = everything(Problem(query=query, key=key, value=value))
     few = everything(Problem(query=query[:, :, :4].contiguous(), key=key, value=value))

@@ -2,12 +2,24 @@
 
 import math
 
+import devices
 import pytest
 import torch
 
 from mmca_ext import functional
 
 from .common import WIDE, Problem, everything, in_bound, qkv, rand, randn, same_bits
+
+
+@pytest.fixture
+def known_on_gpus(request):
+    """known_on_gpus(condition, why): what CUDA's kernels do not do where the condition holds."""
+
+    def mark(condition, why, strict=True):
+        if devices.current != "cpu" and condition:
+            request.applymarker(pytest.mark.xfail(reason=why, strict=strict))
+
+    return mark
 
 
 @pytest.mark.parametrize("q_len, k_len", [(4, 140), (50, 140), (20, 450)])
@@ -39,9 +51,11 @@ def test_huge_logits_in_both_groups(isa, dtype, logit, merge):
 
 
 @pytest.mark.parametrize("q_len, k_len", [(4, 60), (50, 60), (20, 450)])
-def test_enormous_queries_and_keys(isa, dtype, q_len, k_len):
+def test_enormous_queries_and_keys(isa, dtype, q_len, k_len, known_on_gpus):
     """q and k of 5e8 (float16: as large as it can): every row has one key that is far above the others, by more than
     the scores' rounding, and takes its value."""
+    why = "tensor cores' exponents, products times scale less the lse, are off by a rounding of scores of 1e8 and more"
+    known_on_gpus(dtype not in WIDE, why, strict=False)
     size = 5e8 if dtype != torch.float16 else 1e4
     query, key, value = qkv(q_len, k_len, dtype=dtype)
     query, key = size * query, size * key
@@ -96,8 +110,9 @@ def test_weights_of_the_backward_are_those_of_the_forward(isa, dtype, q_len, how
 
 
 @pytest.mark.parametrize("merge", ["sum", "lse", "gate"])
-def test_a_row_alone_copies_its_value_whatever_its_score(isa, dtype, merge):
+def test_a_row_alone_copies_its_value_whatever_its_score(isa, dtype, merge, known_on_gpus):
     """The score overflows."""
+    known_on_gpus(dtype != torch.float64, "an infinite score makes the row NaN, alone or not")
     query = torch.full((1, 1, 1, 4), 1e20 if dtype != torch.float16 else 6e4, dtype=dtype)
     value = torch.ones(1, 1, 1, 4, requires_grad=True, dtype=dtype)
     options = {"scale": 1e30 if dtype == torch.float16 else None}
@@ -110,8 +125,9 @@ def test_a_row_alone_copies_its_value_whatever_its_score(isa, dtype, merge):
 
 @pytest.mark.parametrize("k_len", [100, 300])
 @pytest.mark.parametrize("how", ["attn_mask", "bias"])
-def test_scores_at_the_end_of_the_range(isa, dtype, k_len, how):
+def test_scores_at_the_end_of_the_range(isa, dtype, k_len, how, known_on_gpus):
     """log2(e) times such a log-sum-exp is no float32 any more (and near the end of float64)."""
+    known_on_gpus(dtype not in WIDE and how == "attn_mask", "tensor cores' scores are exponents of 2 unless shaped")
     size = {torch.float64: 1.1e154, torch.float16: 6e4}.get(dtype, 1.6e19)
     query = torch.full((1, 1, 16, 1), size, dtype=dtype, requires_grad=True)
     key = (size * rand_column(k_len)).to(dtype).requires_grad_()

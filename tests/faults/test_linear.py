@@ -132,6 +132,26 @@ def test_the_future_does_not_change_the_past(isa, size, bad, dtype):
 
 
 @pytest.mark.parametrize("bad", BAD)
+@sizes
+@causal
+def test_a_bad_value_reaches_every_row_that_sees_it(isa, size, is_causal, bad, dtype):
+    """However many chunks later, in its feature alone; and the state."""
+    q_len, k_len = SIZES[size]
+    tensors = qkv(q_len, k_len, dtype=dtype)
+    expected, kept = linear_attention(*tensors, is_causal, return_state=True)
+    key, shift = 2, k_len - q_len
+    tensors[2][:, :, key, 5] = bad
+    out, state = linear_attention(*tensors, is_causal, return_state=True)
+    seen = torch.ones(q_len, dtype=torch.bool) if not is_causal else torch.arange(q_len) + shift >= key
+    assert seen.any() and not out[:, :, seen, 5].isfinite().any()
+    assert not state.S[..., 5].isfinite().any()
+    assert same_bits(out[:, :, ~seen], expected[:, :, ~seen])
+    clean = torch.arange(tensors[2].shape[-1]) != 5
+    assert same_bits(out[..., clean], expected[..., clean])
+    assert same_bits(state.S[..., clean], kept.S[..., clean]) and same_bits(state.z, kept.z)
+
+
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("size", ["one chunk", "segments"])
 def test_a_bad_query_spoils_its_own_row_alone(isa, size, bad, dtype):
     q_len, k_len = SIZES[size]
@@ -159,6 +179,19 @@ def test_a_query_that_sees_nothing_has_no_influence(isa, is_causal, dtype):
     expected = everything(tensors, key_mask=key_mask, is_causal=is_causal)
     tensors[0][0] = NAN
     assert_same_bits(everything(tensors, key_mask=key_mask, is_causal=is_causal), expected)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_row_without_weight_passes_no_gradient_on(isa, bad, dtype):
+    """phi of -2000 is 0: the row is 0 whatever the values are, and what arrives for it changes nothing."""
+    tensors = [t.requires_grad_() for t in qkv(40, 45, dtype=dtype)]
+    tensors[1].data[0].fill_(-2000)
+    out = linear_attention(*tensors)
+    assert (out[0] == 0).all() and (out[1] != 0).any()
+    grad = randn(*out.shape, seed=4, dtype=dtype)
+    grad[0, :, 3] = bad
+    for gradient in torch.autograd.grad(out, tensors, grad)[1:]:
+        assert (gradient[0] == 0).all() and gradient[1].isfinite().all() and (gradient[1] != 0).any()
 
 
 def test_keys_without_rows_have_no_gradient(isa, dtype):

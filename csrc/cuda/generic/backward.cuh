@@ -294,10 +294,9 @@ class QueryGradient {
       if (place.x != 0 || v.range.begin >= v.range.end || !is_whole(i, group)) continue;
       const T offset =
           product / sum_[i] - grad_lse_of<T>(a_.problem, block_.sequence(), group, block_.query_head(), v.row);
-      st_shared(Views::offset(views, place.own_row<S>(i)), offset);
+      st_shared(Views::offset(views, place.own_row<S>(i)), offset);  // read after the next tile's barrier
       st_global(&global_facts(group, v.row)->offset, offset);
     }
-    syncwarp();
   }
 
   // Does the group hold everything that the row's softmax sums over?

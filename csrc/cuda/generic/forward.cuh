@@ -103,8 +103,7 @@ class Forward {
       first += S::passing;
       if (first < seen.end) load(keys, problem_.key, problem_.head_dim, key_at);
       if (looks) weigh<S>(weights, values, finite, out_);
-    }
-    syncthreads();  // before other keys and values come
+    }  // the next group's keys come where all have read these, its values behind a barrier of its own
   }
 
   PRIM bool meets(std::int32_t first) const {

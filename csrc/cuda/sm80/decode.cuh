@@ -234,17 +234,16 @@ __global__ void __launch_bounds__(SplitTile<D>::threads, 2)
       ring.follow_values();
       multiply_rounded<T>(out, s, rows_first<D>(value_tile).fresh());
     }
-    prim::cp_async_wait<0>();
-    prim::syncthreads();  // the rings are free
 
-    // The warps' sums become the block's: each brings its own to the largest m, then every thread adds up columns.
+    // The warps' sums become the block's: each brings its own to the largest m, then every thread adds up columns. No
+    // copy is under way any more: whatever was begun has been taken.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       softmax.sum[0][h] = quad_sum(softmax.sum[0][h]);
       if (lane % 4 == 0)
         prim::st_shared(Shared::softmax(warp, fragment_row(h)), float2{softmax.top[0][h], softmax.sum[0][h]});
     }
-    prim::syncthreads();
+    prim::syncthreads();  // the rings are free, too
     const auto whole = [&](int row) {  // (m, l) of the block
       float2 all{-infinity<float>(), 0.0f};
       for (int w = 0; w < Shared::warps; ++w) all.x = fmaxf(all.x, prim::ld_shared<float2>(Shared::softmax(w, row)).x);
