@@ -77,10 +77,11 @@ def write(results, source, readme=Path("README.md")):
         f"([all figures]({source})):\n\n{table(results['rows'])}\n<!-- /results -->"
     }
     if "linear" in results:
+        figure = source.with_name(f"{source.stem}_linear.svg")  # which `python -m bench plot` draws
         texts[LINEAR] = (
             f"<!-- linear: {source} -->\nA causal forward, float32, 2 heads of 64, and what memory it takes beyond\n"
-            f"inputs and output; {setting(results['linear']['about'])}([all figures]({source})):\n\n"
-            f"{linear_table(results['linear'])}\n<!-- /linear -->"
+            f"inputs and output; {setting(results['linear']['about'])}([all figures]({source}), "
+            f"[drawn]({figure})):\n\n{linear_table(results['linear'])}\n<!-- /linear -->"
         )
     text = readme.read_text()
     for marked, part in texts.items():

@@ -400,6 +400,7 @@ def test_readme_has_linear_attention_over_length(tmp_path):
     readme.write({"about": ABOUT, "rows": [row("a", 2.0)], "linear": part}, Path("y.json"), text)
     lines = text.read_text().splitlines()
     assert lines[lines.index("between") + 1] == "<!-- linear: y.json -->"
+    assert lines[lines.index("between") + 4].endswith("([all figures](y.json), [drawn](y_linear.svg)):")
     assert lines[lines.index("between") + 5 :] == [
         "",
         "| tokens | ours | torch, chunked | softmax |",

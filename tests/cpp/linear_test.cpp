@@ -112,7 +112,8 @@ LinearChoices random_choices(std::uint64_t seed) {
   c.batch = random.integer(0, 9) ? random.integer(1, 3) : 0;
   c.kv_heads = random.integer(1, 3), c.heads_per_kv = random.pick({1, 1, 2, 3, 7});
   const auto length = [&] {
-    return random.pick({random.integer(0, 9), random.integer(0, 60), 31, 32, 33, 63, 64, 65, 96, 97, random.integer(90, 110)});
+    return random.pick(
+        {random.integer(0, 9), random.integer(0, 60), 31, 32, 33, 63, 64, 65, 96, 97, random.integer(90, 110)});
   };
   c.q_len = length(), c.k_len = random.chance(0.6) ? c.q_len : length();
   const auto dim = [&] { return random.pick({1, random.integer(1, 9), random.integer(1, 40), 16, 32, 33}); };
