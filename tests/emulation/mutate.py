@@ -47,7 +47,7 @@ TESTS = {
             "causal-64-sm90x4",
             "keys without rows-64-sm90x4",
             "deterministic-64-sm90x4",
-            "groups apart-64-sm86x4",
+            "groups apart-128-sm86x4",
             "causal-128-sm90x100",
         )
     ],

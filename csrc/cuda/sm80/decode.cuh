@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(SplitTile<D>::threads, 2)
       if (lane % 4 == 0)
         prim::st_shared(Shared::softmax(warp, fragment_row(h)), float2{softmax.top[0][h], softmax.sum[0][h]});
     }
-    prim::syncthreads();  // the rings are free, too
+    prim::syncthreads();               // the rings are free, too
     const auto whole = [&](int row) {  // (m, l) of the block
       float2 all{-infinity<float>(), 0.0f};
       for (int w = 0; w < Shared::warps; ++w) all.x = fmaxf(all.x, prim::ld_shared<float2>(Shared::softmax(w, row)).x);
