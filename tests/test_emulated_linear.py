@@ -386,3 +386,12 @@ def test_every_kernel_of_16_bits_has_run(library):
     for operation in ("linear_forward", "linear_backward"):
         for name in ("bf16", "f16"):
             assert library.launches()[f"cuda.sm80.{operation}.{name}"]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_single_row_of_any_stride(device, dtype):
+    """What arrives for one row is an odd number of elements from the next that there would be."""
+    query, key, value, grad_out = tensors(q_len=1, k_len=20, value_dim=8, dtype=dtype)
+    expected = everything(query, key, value, grad_out)
+    as_columns = grad_out.as_strided(grad_out.shape, (16, 8, 1, 1))
+    assert same_bits(expected, everything(query, key, value, as_columns))

@@ -45,8 +45,8 @@ struct LinearProblem {
   LinearStateOf<const double> grad_final_state;  // null: no gradient arrives there
   Output grad_query, grad_key, grad_value;
   LinearStateOf<double> grad_state;  // null: not wanted
-  // The backward's memory: (2, batch, q_heads, q_len) in the accumulation type, for each row first 1 / (phi(q) . z),
-  // then that times <grad_out, out>.
+  // The backward's memory: (2, batch, q_heads, q_len) in the accumulation type, contiguous, for each row first
+  // 1 / (phi(q) . z), then <grad_out, out>, or that times the first, as the kernel likes.
   RowStatistic<void*> row_facts;
 
   constexpr std::int64_t heads_per_kv() const { return q_heads / kv_heads; }

@@ -35,8 +35,7 @@ class LinearQueryGradient final : public LinearRows<T> {
   }
   void reader(std::int64_t e, T* x) override {
     const Row row = this->row_of(e);
-    if (this->sees_nothing(row)) this->zeros(x, padded_value_dim_);
-    else this->copy(this->grad_out(row.head).row(row.row, x), padded_value_dim_, x);
+    this->copy(this->grad_out(row.head).row(row.row, x), padded_value_dim_, x);
   }
   void finish(std::int64_t e, const T* sum, T* y) override {
     const Row row = this->row_of(e);

@@ -73,7 +73,7 @@ struct SweepOrder {
   }
 };
 
-// Keys write, query rows read: the forward, and the query's gradient. `everyone`: a lead with which all see all.
+// Keys write, query rows read: the forward, and the query's gradient.
 PRIM SweepOrder order_of_rows(const LinearProblem& problem, const LinearSequence& sequence) {
   const auto heads = static_cast<std::int32_t>(problem.heads_per_kv());
   const std::int64_t q_len = sequence.q_len, k_len = sequence.k_len;

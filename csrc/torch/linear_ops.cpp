@@ -128,8 +128,9 @@ class LinearArguments {
 
   template <class Operand>
   Operand rows(const Tensor& t, decltype(Operand::data) data) const {
-    if (packed_) return {data, 0, t.stride(1), t.stride(0), t.stride(2)};
-    return {data, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+    const std::int64_t dim = packed_ ? 0 : 2, row = t.size(dim) == 1 ? 0 : t.stride(dim);  // as Arguments::strided
+    if (packed_) return {data, 0, t.stride(1), row, t.stride(2)};
+    return {data, t.stride(0), t.stride(1), row, t.stride(3)};
   }
 
   Arguments shared_;

@@ -298,12 +298,6 @@ PORTABLE = {
     ],
     "csrc/cpu/linear_backward.h": [
         Guard("dQ: keys that are masked", [LINEAR], "if (sequence_.hides_key(j)) return nullptr;", ""),
-        Guard(
-            "dQ: gradients of rows that see nothing",
-            [LINEAR],
-            "if (this->sees_nothing(row)) this->zeros(x, padded_value_dim_);\n    else this",
-            "this",
-        ),
         Guard("dQ: rows that see nothing", [LINEAR], "if (this->sees_nothing(row)) {", "if (false) {"),
         Guard(
             "dV: rows that see nothing",
@@ -329,9 +323,6 @@ PORTABLE = {
         Guard("a scale where all features are negative", [LINEAR], "largest < T(0) ? largest : T(0)", "T(0)"),
         Guard(
             "a scale where a feature is huge", [LINEAR], "largest > T(1 << 20) ? T(1) / (T(1) + largest) : T(1)", "T(1)"
-        ),
-        Guard(
-            "an infinite feature is no number", [LINEAR], "e[u] = S::sub(x, above[u]);", "e[u] = S::min(S::zero(), x);"
         ),
     ],
 }

@@ -33,13 +33,16 @@ class SweepStart {
   // the rounding of long heads depends on how many heads there are, and on the GPU; never on what they hold.
   void cut() {
     const LinearProblem& p = launch_.problem;
-    std::int64_t tokens = p.q_len + p.k_len;  // of the longest sequence's time
-    if (!p.q_offsets && p.causal) tokens = std::max(p.q_len, p.k_len);
-    const std::int64_t lines = std::max<std::int64_t>(1, launch_.plan.sequences * p.kv_heads * sweep_.columns);
-    const std::int64_t wanted = std::max<std::int64_t>(1, launch_.device.multiprocessors * Shared::blocks / lines);
+    // Of a sequence's time, packed: of all; and of these tokens those that write or read, which is where the kernels
+    // work.
+    const std::int64_t busy = std::max(p.q_len, p.k_len), all = p.q_len + p.k_len;
+    const std::int64_t tokens = p.causal && !p.q_offsets ? busy : all;
+    const std::int64_t lines = (p.q_offsets ? 1 : launch_.plan.sequences) * p.kv_heads * sweep_.columns;
+    const std::int64_t wanted = launch_.device.multiprocessors * Shared::blocks / std::max<std::int64_t>(1, lines);
     const auto chunks_of = [](std::int64_t n) { return (n + Shared::tokens - 1) / Shared::tokens; };
     constexpr std::int64_t fewest = 256 / Shared::tokens;
-    const std::int64_t segment = std::max(chunks_of((tokens + wanted - 1) / wanted), fewest) * Shared::tokens;
+    const std::int64_t shared = wanted > 1 ? (busy + wanted - 1) / wanted : tokens;
+    const std::int64_t segment = std::max(chunks_of(shared), fewest) * Shared::tokens;
     sweep_.segment = static_cast<std::int32_t>(segment);
     several_ = tokens > segment;
     sweep_.pieces =
@@ -98,7 +101,8 @@ void linear_backward(const LinearLaunch& launch) {
   LinearRowFacts facts{};
   facts.size = (p.q_offsets ? 1 : p.batch) * p.q_heads * p.q_len;
   const std::int64_t parts = p.head_dim <= 128 ? (p.value_dim + 63) / 64 : (p.value_dim + 31) / 32 * 2;
-  for (float** array : {&facts.inverse, &facts.top, &facts.product}) *array = launch.take<float>(facts.size);
+  facts.inverse = static_cast<float*>(p.row_facts.data), facts.product = facts.inverse + facts.size;
+  facts.top = launch.take<float>(facts.size);
   facts.parts = parts > 1 ? launch.take<float>(parts * facts.size) : facts.product;
   start_sweep<T>(launch, make_sweep(p, SweepRole::facts, facts));
   if (parts > 1) add_linear_products(launch, facts, static_cast<int>(parts));

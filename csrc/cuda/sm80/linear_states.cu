@@ -41,11 +41,20 @@ __global__ void __launch_bounds__(256)
     sum = ld_global((place.is_vector ? begins.normal : begins.sum) + place.at);
 
   const std::int64_t first = first_slot(plan, sweep, line.sequence), heads = problem.kv_heads;
-  for (std::int32_t s = 0, pieces = piece_count(sweep, line); s < pieces; ++s) {
-    float* at = sweep.slabs + (((first + s) * heads + kv_head) * sweep.columns + block) * sweep.slab_size + element;
-    const float adds = piece_of_line(sweep, line, s).adds(sweep) ? ld_global(at) : 0.0f;
-    prim::st_global(at, static_cast<float>(sum));
-    sum += static_cast<double>(adds);
+  const auto at = [&](std::int32_t s) {
+    return sweep.slabs + (((first + s) * heads + kv_head) * sweep.columns + block) * sweep.slab_size + element;
+  };
+  constexpr int together = 8;  // loads under way at a time
+  for (std::int32_t s = 0, pieces = piece_count(sweep, line); s < pieces; s += together) {
+    float adds[together];
+#pragma unroll
+    for (int i = 0; i < together; ++i)
+      adds[i] = s + i < pieces && piece_of_line(sweep, line, s + i).adds(sweep) ? ld_global(at(s + i)) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      if (s + i < pieces) prim::st_global(at(s + i), static_cast<float>(sum));
+      sum += static_cast<double>(adds[i]);
+    }
   }
   if (!sweep.needs_end || place.at < 0 || (place.is_vector && sweep.has_phi_f() && block != 0)) return;
   const auto ends =
