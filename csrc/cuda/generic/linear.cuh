@@ -17,13 +17,14 @@ __global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
   Sweep<T, what>(a, blockIdx.x).run_whole(reads);
 }
 
-// A block a segment of a unit.
-template <class T, SweepOf what>
+// A block a segment of a unit: its sum, or its readers.
+template <class T, SweepOf what, bool reads>
 __global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
-    segment_kernel(const __grid_constant__ SweepArguments<T> a, bool reads) {
-  const std::int64_t block = blockIdx.x;
+    segment_kernel(const __grid_constant__ SweepArguments<T> a) {
+  const auto block = static_cast<std::int32_t>(blockIdx.x);
   Sweep<T, what> sweep(a, block / a.in_flight);
-  sweep.run_one(block % a.in_flight, reads);
+  if (reads) sweep.read_segment(block % a.in_flight);
+  else sweep.sum_segment(block % a.in_flight);
 }
 
 inline constexpr int element_threads = 256;
@@ -101,7 +102,7 @@ void run_sweep(const LinearLaunch& launch, const StateView<const double>& start,
   const std::int64_t segments = (writers + segment_rows - 1) / segment_rows;
   const std::int64_t enough = 2 * launch.device.multiprocessors;  // blocks
   const bool whole = segments <= 1 || units >= enough;
-  if (!whole) a.in_flight = std::min(segments, (2 * enough + units - 1) / units);
+  if (!whole) a.in_flight = static_cast<std::int32_t>(std::min(segments, (2 * enough + units - 1) / units));
   if (segments && (segments > 1 || a.keeps_end)) a.carry = launch.take<double>(units * a.sizes.unit_sums);
   if (!whole || (segments && (segments > 1 || start.sum || a.keeps_end)))
     a.slots = launch.take<T>(units * a.in_flight * a.sizes.unit_sums);
@@ -119,9 +120,9 @@ void run_sweep(const LinearLaunch& launch, const StateView<const double>& start,
   if (whole && segments && (reads || a.keeps_end))
     launch(&whole_kernel<T, what>, units, threads, a.sizes.bytes, a, reads);
   for (; !whole && a.first_segment < segments; a.first_segment += a.in_flight) {
-    launch(&segment_kernel<T, what>, units * a.in_flight, threads, a.sizes.bytes, a, false);
+    launch(&segment_kernel<T, what, false>, units * a.in_flight, threads, a.sizes.bytes, a);
     launch(&scan_kernel<T, what>, element_blocks, element_threads, 0, a);
-    if (reads) launch(&segment_kernel<T, what>, units * a.in_flight, threads, a.sizes.bytes, a, true);
+    if (reads) launch(&segment_kernel<T, what, true>, units * a.in_flight, threads, a.sizes.bytes, a);
   }
   if (late) read(false);
   if (end.sum) launch(&end_kernel<T, what>, element_blocks, element_threads, 0, a);
