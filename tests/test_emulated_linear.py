@@ -168,6 +168,22 @@ def test_a_stream_is_one_call(device, lengths, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(9, 9), (5, 12), (12, 5)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_more_heads_than_run_at_once(device, lengths, is_causal, dtype):
+    """Sixteen blocks a multiprocessor; the memory of their sums serves the next ones again."""
+    q_len, k_len = lengths
+    rows = tensors(6, 6, 3, q_len, k_len, 8, 33, dtype=dtype)
+    mask = torch.arange(k_len) % 4 != torch.arange(6)[:, None] % 5
+    options = {"is_causal": is_causal, "key_mask": mask, "state": state_of(6, 3, 8, 33)}
+    device.device(90, 100)
+    first = everything(*rows, **options)
+    device.device(90, 1)
+    check(given(*rows, **options))
+    assert same_bits(first, everything(*rows, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neighbours_do_not_change_a_bit(device, dtype):
     """Alone, in a batch, or packed, where other sequences fill the GPU."""
     rows = tensors(3, 4, 2, 50, 50, 16, 9, dtype=dtype)
