@@ -224,6 +224,17 @@ def test_values_that_no_row_sees_yet_may_hold_anything(device):
     assert out[:, :, 40:50, [0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("first", [0, 31, 257, 600, 690])
+def test_rows_before_the_first_key_are_zero_whatever_they_hold(device, first):
+    query, key, value, grad_out = tensors(q_len=640, k_len=640, dim=3, value_dim=2)
+    mask = torch.arange(640)[None] >= first
+    check(given(query, key, value, grad_out, is_causal=True, key_mask=mask))
+    query[:, :, :first] = torch.nan
+    results = everything(query, key, value, grad_out, is_causal=True, key_mask=mask)
+    assert not results[0][:, :, :first].any() and not results[3][:, :, :first].any()
+    assert all(t.isfinite().all() for t in results)
+
+
 def test_rows_that_see_nothing_are_zero(device):
     query, key, value, grad_out = tensors(q_len=60, k_len=20)
     results = everything(query, key, value, grad_out, is_causal=True)

@@ -136,31 +136,21 @@ class Sweep {
   // late: its late readers too.
   PRIM void run_whole(bool reads, bool late) {
     const std::int32_t segments = unit().segments(a_);
-    T* slot = a_.slots + place() * s_.unit_sums;
-    const bool starts = a_.start.sum && unit().sequence.exists;
-    if (starts && segments) {
-      const Unit unit = this->unit();
-      each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
-      syncthreads();
-    }
     for (std::int32_t s = 0; s < segments; ++s) {
-      run_segment(s, s > 0 || starts ? slot : nullptr, reads);
+      if (s == 0 && starts()) {
+        const Unit unit = this->unit();
+        T* slot = slot_of(0);
+        each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
+        syncthreads();
+      }
+      run_segment(s, s > 0 || starts() ? slot_of(0) : nullptr, reads);
       if (s + 1 == segments && !a_.keeps_end) break;
-      store_local(slot);
-      syncthreads();
-      const Unit unit = this->unit();
-      each_number([&](std::int64_t sum) {
-        double* carry = a_.carry + place() * s_.unit_sums + sum;
-        const double carried =
-            (s > 0 ? ld_global(carry) : unit.given(a_, sum)) + static_cast<double>(ld_global(slot + sum));
-        st_global(carry, carried);
-        st_global(slot + sum, static_cast<T>(carried));
-      });
-      syncthreads();
+      carry_on(s == 0);
     }
     if (!late) return;
     const Unit unit = this->unit();
     const SweepOrder order = unit.rows(a_).order();
+    const T* slot = slot_of(0);
     read_rows(order.late_begin(), order.readers,
               [&](std::int64_t sum) { return segments ? ld_global(slot + sum) : static_cast<T>(unit.given(a_, sum)); });
   }
@@ -195,6 +185,24 @@ class Sweep {
   PRIM Unit unit() const { return {a_, opaque(index_)}; }
   PRIM std::int64_t place() const { return opaque(index_) - a_.first_unit; }  // of the unit in carry and slots
   PRIM T* slot_of(std::int32_t s) const { return a_.slots + (place() * a_.in_flight + s) * s_.unit_sums; }
+
+  PRIM bool starts() const { return a_.start.sum && unit().sequence.exists; }  // from a state that was given
+
+  // Adds the segment's sum to the carried one, which the next segment starts from.
+  PRIM void carry_on(bool is_first) {
+    T* slot = slot_of(0);
+    store_local(slot);
+    syncthreads();
+    const Unit unit = this->unit();
+    double* carry = a_.carry + place() * s_.unit_sums;
+    each_number([&](std::int64_t sum) {
+      const double before = is_first ? unit.given(a_, sum) : ld_global(carry + sum);
+      const double carried = before + static_cast<double>(ld_global(slot + sum));
+      st_global(carry + sum, carried);
+      st_global(slot + sum, static_cast<T>(carried));
+    });
+    syncthreads();
+  }
 
   PRIM int state_row(int i) const { return thread_ / (S::width / S::columns) + S::depth_lanes * i; }
   PRIM int state_column() const { return thread_ % (S::width / S::columns) * S::columns; }
