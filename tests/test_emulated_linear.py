@@ -170,6 +170,22 @@ def test_a_stream_is_one_call(device, lengths, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(9, 9), (5, 12), (12, 5)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_more_heads_than_run_at_once(device, lengths, is_causal, dtype):
+    """Sixteen blocks a multiprocessor; the memory of their sums serves the next ones again."""
+    q_len, k_len = lengths
+    rows = tensors(6, 6, 3, q_len, k_len, 8, 33, dtype=dtype)
+    mask = torch.arange(k_len) % 4 != torch.arange(6)[:, None] % 5
+    options = {"is_causal": is_causal, "key_mask": mask, "state": state_of(6, 3, 8, 33)}
+    device.device(90, 100)
+    first = everything(*rows, **options)
+    device.device(90, 1)
+    check(given(*rows, **options))
+    assert same_bits(first, everything(*rows, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neighbours_do_not_change_a_bit(device, dtype):
     """Alone, in a batch, or packed, where other sequences fill the GPU."""
     rows = tensors(3, 4, 2, 50, 50, 16, 9, dtype=dtype)
@@ -208,6 +224,17 @@ def test_values_that_no_row_sees_yet_may_hold_anything(device):
     assert torch.equal(before, out[:, :, :40]) and before.isfinite().all()
     assert (out[:, :, 40:50, 2] == torch.inf).all() and out[:, :, 50:].isnan().all()
     assert out[:, :, 40:50, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("first", [0, 31, 257, 600, 690])
+def test_rows_before_the_first_key_are_zero_whatever_they_hold(device, first):
+    query, key, value, grad_out = tensors(q_len=640, k_len=640, dim=3, value_dim=2)
+    mask = torch.arange(640)[None] >= first
+    check(given(query, key, value, grad_out, is_causal=True, key_mask=mask))
+    query[:, :, :first] = torch.nan
+    results = everything(query, key, value, grad_out, is_causal=True, key_mask=mask)
+    assert not results[0][:, :, :first].any() and not results[3][:, :, :first].any()
+    assert all(t.isfinite().all() for t in results)
 
 
 def test_rows_that_see_nothing_are_zero(device):

@@ -70,8 +70,9 @@ struct SweepArguments {
   T* slots;                               // [unit][segment in flight]: its own sum, then what it starts from
   T* partials;                            // [tile of columns][row]: see LinearRows::finish
   std::int64_t facts;                     // rows in each
+  std::int64_t first_unit;                // of carry and slots
   std::int32_t first_segment, in_flight;  // the segments of this launch; a whole sweep has a slot a unit
-  bool keeps_end;                         // the sum of all segments is wanted
+  bool keeps_end;                         // somebody reads the sum of all segments
 };
 
 // What a block or thread works on: a unit, and the sequence and head it is of.
@@ -132,30 +133,26 @@ class Sweep {
         lane_(static_cast<int>(threadIdx.x) % 32),
         warp_(static_cast<int>(threadIdx.x) / 32) {}
 
-  PRIM void run_whole(bool reads) {
+  // late: its late readers too.
+  PRIM void run_whole(bool reads, bool late) {
     const std::int32_t segments = unit().segments(a_);
-    T* slot = a_.slots + index_ * s_.unit_sums;
-    const bool starts = a_.start.sum && unit().sequence.exists;
-    if (starts && segments) {
-      const Unit unit = this->unit();
-      each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
-      syncthreads();
-    }
     for (std::int32_t s = 0; s < segments; ++s) {
-      run_segment(s, s > 0 || starts ? slot : nullptr, reads);
-      if (s + 1 == segments && !a_.keeps_end) return;
-      store_local(slot);
-      syncthreads();
-      const Unit unit = this->unit();
-      each_number([&](std::int64_t sum) {
-        double* carry = a_.carry + index_ * s_.unit_sums + sum;
-        const double carried =
-            (s > 0 ? ld_global(carry) : unit.given(a_, sum)) + static_cast<double>(ld_global(slot + sum));
-        st_global(carry, carried);
-        st_global(slot + sum, static_cast<T>(carried));
-      });
-      syncthreads();
+      if (s == 0 && starts()) {
+        const Unit unit = this->unit();
+        T* slot = slot_of(0);
+        each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
+        syncthreads();
+      }
+      run_segment(s, s > 0 || starts() ? slot_of(0) : nullptr, reads);
+      if (s + 1 == segments && !a_.keeps_end) break;
+      carry_on(s == 0);
     }
+    if (!late) return;
+    const Unit unit = this->unit();
+    const SweepOrder order = unit.rows(a_).order();
+    const T* slot = slot_of(0);
+    read_rows(order.late_begin(), order.readers,
+              [&](std::int64_t sum) { return segments ? ld_global(slot + sum) : static_cast<T>(unit.given(a_, sum)); });
   }
 
   // Of segment first_segment + s.
@@ -175,17 +172,10 @@ class Sweep {
     const std::int64_t low = early ? 0 : order.late_begin(), high = early ? order.early_end() : order.readers;
     if (begin < low) begin = low;
     if (end > high) end = high;
-    if (begin >= end) return;
     const bool carried = !early && order.writers;
-    const double* carry = a_.carry + index_ * s_.unit_sums;
-    const auto sum = [&](std::int64_t i) { return static_cast<T>(carried ? ld_global(carry + i) : unit.given(a_, i)); };
-    const std::int64_t numbers = std::int64_t{s_.depth} * S::width, filled = (s_.g - s_.m) / sizeof(T);
-    for (std::int64_t i = thread_; i < filled; i += S::threads)
-      st_shared(s_.m + static_cast<smem_t>(i) * sizeof(T), i < numbers ? sum(i) : T(0));
-    if constexpr (has_total(what))
-      for (int d = thread_; d < s_.depth; d += S::threads) st_shared(s_.z + d * sizeof(T), sum(numbers + d));
-    for (std::int64_t r = begin; r < end; r += S::readers)
-      read_strip(r, static_cast<int>(end - r < S::readers ? end - r : S::readers), -1, true);
+    const double* carry = a_.carry + place() * s_.unit_sums;
+    read_rows(begin, end,
+              [&](std::int64_t sum) { return static_cast<T>(carried ? ld_global(carry + sum) : unit.given(a_, sum)); });
   }
 
  private:
@@ -193,8 +183,25 @@ class Sweep {
   using Rows = LinearRows<T, what>;
   // Made anew wherever it is needed: it is not kept in registers meanwhile.
   PRIM Unit unit() const { return {a_, opaque(index_)}; }
-  PRIM T* slot_of(std::int32_t s) const {
-    return a_.slots + (std::int64_t{opaque(index_)} * a_.in_flight + s) * s_.unit_sums;
+  PRIM std::int64_t place() const { return opaque(index_) - a_.first_unit; }  // of the unit in carry and slots
+  PRIM T* slot_of(std::int32_t s) const { return a_.slots + (place() * a_.in_flight + s) * s_.unit_sums; }
+
+  PRIM bool starts() const { return a_.start.sum && unit().sequence.exists; }  // from a state that was given
+
+  // Adds the segment's sum to the carried one, which the next segment starts from.
+  PRIM void carry_on(bool is_first) {
+    T* slot = slot_of(0);
+    store_local(slot);
+    syncthreads();
+    const Unit unit = this->unit();
+    double* carry = a_.carry + place() * s_.unit_sums;
+    each_number([&](std::int64_t sum) {
+      const double before = is_first ? unit.given(a_, sum) : ld_global(carry + sum);
+      const double carried = before + static_cast<double>(ld_global(slot + sum));
+      st_global(carry + sum, carried);
+      st_global(slot + sum, static_cast<T>(carried));
+    });
+    syncthreads();
   }
 
   PRIM int state_row(int i) const { return thread_ / (S::width / S::columns) + S::depth_lanes * i; }
@@ -227,6 +234,19 @@ class Sweep {
         const int d = thread_ + S::threads * i;
         if (d < s_.depth) st_global(slot + std::int64_t{s_.depth} * S::width + d, local_z_[i]);
       }
+  }
+
+  // Of the state alone, whose numbers are sum(number).
+  template <class Sum>
+  PRIM void read_rows(std::int64_t begin, std::int64_t end, Sum sum) const {
+    if (begin >= end) return;
+    const std::int64_t numbers = std::int64_t{s_.depth} * S::width, filled = (s_.g - s_.m) / sizeof(T);
+    for (std::int64_t i = thread_; i < filled; i += S::threads)
+      st_shared(s_.m + static_cast<smem_t>(i) * sizeof(T), i < numbers ? sum(i) : T(0));
+    if constexpr (has_total(what))
+      for (int d = thread_; d < s_.depth; d += S::threads) st_shared(s_.z + d * sizeof(T), sum(numbers + d));
+    for (std::int64_t r = begin; r < end; r += S::readers)
+      read_strip(r, static_cast<int>(end - r < S::readers ? end - r : S::readers), -1, true);
   }
 
   // Leaves the segment's sum in local_. `start`: null: nothing.
