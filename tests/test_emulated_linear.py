@@ -150,6 +150,7 @@ def test_the_order_of_blocks_and_warps_changes_nothing(device, dtype):
 @pytest.mark.parametrize("dims", [(256, 256), (256, 1), (1, 256), (97, 130)], ids=str)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_widths(device, dims, is_causal, dtype):
+    device.device(86, 4)  # the least shared memory there is
     rows = tensors(q_len=37, k_len=41, heads=1, dim=dims[0], value_dim=dims[1], dtype=dtype)
     check(given(*rows, is_causal=is_causal, state=state_of(1, 1, *dims)))
 
@@ -166,6 +167,22 @@ def test_a_stream_is_one_call(device, lengths, dtype):
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-5 if dtype == f32 else 1e-12, atol=1e-6)
     torch.testing.assert_close(tuple(state), tuple(end), rtol=1e-6 if dtype == f32 else 1e-13, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(9, 9), (5, 12), (12, 5)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_more_heads_than_run_at_once(device, lengths, is_causal, dtype):
+    """Sixteen blocks a multiprocessor; the memory of their sums serves the next ones again."""
+    q_len, k_len = lengths
+    rows = tensors(6, 6, 3, q_len, k_len, 8, 33, dtype=dtype)
+    mask = torch.arange(k_len) % 4 != torch.arange(6)[:, None] % 5
+    options = {"is_causal": is_causal, "key_mask": mask, "state": state_of(6, 3, 8, 33)}
+    device.device(90, 100)
+    first = everything(*rows, **options)
+    device.device(90, 1)
+    check(given(*rows, **options))
+    assert same_bits(first, everything(*rows, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,6 +224,17 @@ def test_values_that_no_row_sees_yet_may_hold_anything(device):
     assert torch.equal(before, out[:, :, :40]) and before.isfinite().all()
     assert (out[:, :, 40:50, 2] == torch.inf).all() and out[:, :, 50:].isnan().all()
     assert out[:, :, 40:50, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("first", [0, 31, 257, 600, 690])
+def test_rows_before_the_first_key_are_zero_whatever_they_hold(device, first):
+    query, key, value, grad_out = tensors(q_len=640, k_len=640, dim=3, value_dim=2)
+    mask = torch.arange(640)[None] >= first
+    check(given(query, key, value, grad_out, is_causal=True, key_mask=mask))
+    query[:, :, :first] = torch.nan
+    results = everything(query, key, value, grad_out, is_causal=True, key_mask=mask)
+    assert not results[0][:, :, :first].any() and not results[3][:, :, :first].any()
+    assert all(t.isfinite().all() for t in results)
 
 
 def test_rows_that_see_nothing_are_zero(device):

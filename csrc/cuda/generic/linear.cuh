@@ -10,20 +10,21 @@ namespace mmca::cuda::generic {
 
 // ---- kernels -----------------------------------------------------------------------------------------------------
 
-// A block a unit.
+// A block a unit, from first_unit on.
 template <class T, SweepOf what>
 __global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
-    whole_kernel(const __grid_constant__ SweepArguments<T> a, bool reads) {
-  Sweep<T, what>(a, blockIdx.x).run_whole(reads);
+    whole_kernel(const __grid_constant__ SweepArguments<T> a, bool reads, bool late) {
+  Sweep<T, what>(a, a.first_unit + blockIdx.x).run_whole(reads, late);
 }
 
-// A block a segment of a unit.
-template <class T, SweepOf what>
+// A block a segment of a unit: its sum, or its readers.
+template <class T, SweepOf what, bool reads>
 __global__ void __launch_bounds__(SweepSizes<T>::threads, 2)
-    segment_kernel(const __grid_constant__ SweepArguments<T> a, bool reads) {
-  const std::int64_t block = blockIdx.x;
+    segment_kernel(const __grid_constant__ SweepArguments<T> a) {
+  const auto block = static_cast<std::int32_t>(blockIdx.x);
   Sweep<T, what> sweep(a, block / a.in_flight);
-  sweep.run_one(block % a.in_flight, reads);
+  if (reads) sweep.read_segment(block % a.in_flight);
+  else sweep.sum_segment(block % a.in_flight);
 }
 
 inline constexpr int element_threads = 256;
@@ -51,10 +52,12 @@ __global__ void __launch_bounds__(element_threads) scan_kernel(const __grid_cons
 template <class T, SweepOf what>
 __global__ void __launch_bounds__(element_threads) end_kernel(const __grid_constant__ SweepArguments<T> a) {
   const std::int64_t blocks = (a.sizes.unit_sums + element_threads - 1) / element_threads;
-  const SweepUnit<T, what> unit(a, static_cast<std::uint32_t>(blockIdx.x / blocks));
+  const SweepUnit<T, what> unit(a, static_cast<std::uint32_t>(a.first_unit + blockIdx.x / blocks));
   const std::int64_t sum = blockIdx.x % blocks * element_threads + threadIdx.x;
   if (sum >= std::int64_t{a.sizes.depth} * (SweepSizes<T>::width + (has_total(what) ? 1 : 0))) return;
-  unit.take(a, sum, unit.segments(a) ? ld_global(a.carry + unit.index * a.sizes.unit_sums + sum) : unit.given(a, sum));
+  unit.take(a, sum,
+            unit.segments(a) ? ld_global(a.carry + (unit.index - a.first_unit) * a.sizes.unit_sums + sum)
+                             : unit.given(a, sum));
 }
 
 // A block some tokens of a unit's sequence: readers outside all segments.
@@ -89,25 +92,29 @@ void run_sweep(const LinearLaunch& launch, const StateView<const double>& start,
   const LinearProblem& p = launch.problem;
   using S = SweepSizes<T>;
   const bool packed = p.q_offsets, reads = p.causal;
-  // Whether there may be readers outside all segments.
+  // Whether there may be readers outside all segments, and whether some of them see a writer.
   const bool early = p.causal && !keys_read(what) && (packed || p.q_len > p.k_len);
   const bool late = !p.causal || packed || p.key_mask || p.k_len == 0 || (keys_read(what) && p.k_len > p.q_len);
-  SweepArguments<T> a{p, launch.plan, S(p, by_value(what)), start, end, nullptr, nullptr, partials, facts,
-                      0, 1,           late || end.sum};
+  const bool late_see = !p.causal || (keys_read(what) && (packed || p.k_len > p.q_len));
+  SweepArguments<T> a{p, launch.plan, S(p, by_value(what)), start, end, nullptr, nullptr, partials, facts, 0,
+                      0, 1,           late_see || end.sum};
   static_assert(sizeof(a) < 4000);
   const std::int64_t units = launch.plan.sequences * p.kv_heads * a.sizes.tiles;
   if (units == 0) return;
   const std::int64_t writers = keys_read(what) ? p.q_len * p.heads_per_kv() : p.k_len;
   const std::int64_t segments = (writers + segment_rows - 1) / segment_rows;
-  const std::int64_t enough = 2 * launch.device.multiprocessors;  // blocks
-  const bool whole = segments <= 1 || units >= enough;
-  if (!whole) a.in_flight = std::min(segments, (2 * enough + units - 1) / units);
-  if (segments && (segments > 1 || a.keeps_end)) a.carry = launch.take<double>(units * a.sizes.unit_sums);
+  // Units that fill the GPU do all of their work, so many at once: memory does not grow with their number. Fewer share
+  // it, in segments or tiles of readers.
+  const std::int64_t blocks = 2 * launch.device.multiprocessors;
+  const bool many = units >= blocks, whole = many || segments <= 1;
+  const std::int64_t units_at_once = many ? std::min(units, 8 * blocks) : units;
+  if (!whole) a.in_flight = static_cast<std::int32_t>(std::min(segments, (2 * blocks + units - 1) / units));
+  if (segments && (segments > 1 || a.keeps_end)) a.carry = launch.take<double>(units_at_once * a.sizes.unit_sums);
   if (!whole || (segments && (segments > 1 || start.sum || a.keeps_end)))
-    a.slots = launch.take<T>(units * a.in_flight * a.sizes.unit_sums);
+    a.slots = launch.take<T>(units_at_once * a.in_flight * a.sizes.unit_sums);
 
   const int threads = S::threads;
-  const std::int64_t element_blocks = units * ((a.sizes.unit_sums + element_threads - 1) / element_threads);
+  const std::int64_t unit_blocks = (a.sizes.unit_sums + element_threads - 1) / element_threads;
   const std::int64_t tokens = keys_read(what) ? 1 : p.heads_per_kv(),
                      at_once = std::max<std::int64_t>(read_rows / tokens, 1);
   const auto read = [&](bool of_early) {
@@ -116,15 +123,26 @@ void run_sweep(const LinearLaunch& launch, const StateView<const double>& start,
            static_cast<int>(at_once), of_early);
   };
   if (early) read(true);
-  if (whole && segments && (reads || a.keeps_end))
-    launch(&whole_kernel<T, what>, units, threads, a.sizes.bytes, a, reads);
+  const auto run_whole = [&](std::int64_t count, bool with_late) {
+    if (with_late || (segments && (reads || a.keeps_end)))
+      launch(&whole_kernel<T, what>, count, threads, a.sizes.bytes, a, reads, with_late);
+  };
+  if (many) {
+    for (; a.first_unit < units; a.first_unit += units_at_once) {
+      const std::int64_t count = std::min(units_at_once, units - a.first_unit);
+      run_whole(count, late);
+      if (end.sum) launch(&end_kernel<T, what>, count * unit_blocks, element_threads, 0, a);
+    }
+    return;
+  }
+  if (whole) run_whole(units, false);
   for (; !whole && a.first_segment < segments; a.first_segment += a.in_flight) {
-    launch(&segment_kernel<T, what>, units * a.in_flight, threads, a.sizes.bytes, a, false);
-    launch(&scan_kernel<T, what>, element_blocks, element_threads, 0, a);
-    if (reads) launch(&segment_kernel<T, what>, units * a.in_flight, threads, a.sizes.bytes, a, true);
+    launch(&segment_kernel<T, what, false>, units * a.in_flight, threads, a.sizes.bytes, a);
+    launch(&scan_kernel<T, what>, units * unit_blocks, element_threads, 0, a);
+    if (reads) launch(&segment_kernel<T, what, true>, units * a.in_flight, threads, a.sizes.bytes, a);
   }
   if (late) read(false);
-  if (end.sum) launch(&end_kernel<T, what>, element_blocks, element_threads, 0, a);
+  if (end.sum) launch(&end_kernel<T, what>, units * unit_blocks, element_threads, 0, a);
 }
 
 template <class T>

@@ -75,7 +75,10 @@ class LinearRows {
     bool counts;
 
     PRIM T phi_side(int d) const { return phi(key[d]); }
-    PRIM T value_side(int e) const { return e < value_dim ? value[e] : T(1); }
+    PRIM T value_side(int e) const {
+      const T x = value[e < value_dim ? e : 0];
+      return e < value_dim ? x : T(1);
+    }
   };
   struct QueryRow {
     LinearRow<T> query, grad_out;
@@ -85,7 +88,10 @@ class LinearRows {
     bool counts;
 
     PRIM T phi_side(int d) const { return scale.phi_of(query[d]); }
-    PRIM T value_side(int e) const { return e < value_dim ? inverse * grad_out[e] : -product; }
+    PRIM T value_side(int e) const {
+      const T x = grad_out[e < value_dim ? e : 0];
+      return e < value_dim ? inverse * x : -product;
+    }
   };
 
   // Writer and reader rows by their number in the order of time; by a whole warp.

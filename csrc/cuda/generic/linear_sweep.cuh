@@ -70,8 +70,9 @@ struct SweepArguments {
   T* slots;                               // [unit][segment in flight]: its own sum, then what it starts from
   T* partials;                            // [tile of columns][row]: see LinearRows::finish
   std::int64_t facts;                     // rows in each
-  std::int64_t first_segment, in_flight;  // the segments of this launch; a whole sweep has a slot a unit
-  bool keeps_end;                         // the sum of all segments is wanted
+  std::int64_t first_unit;                // of carry and slots
+  std::int32_t first_segment, in_flight;  // the segments of this launch; a whole sweep has a slot a unit
+  bool keeps_end;                         // somebody reads the sum of all segments
 };
 
 // What a block or thread works on: a unit, and the sequence and head it is of.
@@ -88,8 +89,8 @@ struct SweepUnit {
     sequence = linear_sequence_at(a.problem, a.plan, static_cast<std::int32_t>(unit / tiles / heads));
   }
   PRIM LinearRows<T, what> rows(const SweepArguments<T>& a) const { return {a.problem, sequence, kv_head}; }
-  PRIM std::int64_t segments(const SweepArguments<T>& a) const {
-    return (rows(a).order().writers + segment_rows - 1) / segment_rows;
+  PRIM std::int32_t segments(const SweepArguments<T>& a) const {
+    return static_cast<std::int32_t>((rows(a).order().writers + segment_rows - 1) / segment_rows);
   }
 
   // Sums are numbered [depth][column], then z.
@@ -132,38 +133,36 @@ class Sweep {
         lane_(static_cast<int>(threadIdx.x) % 32),
         warp_(static_cast<int>(threadIdx.x) / 32) {}
 
-  PRIM void run_whole(bool reads) {
-    const std::int64_t segments = unit().segments(a_);
-    T* slot = a_.slots + index_ * s_.unit_sums;
-    const bool starts = a_.start.sum && unit().sequence.exists;
-    if (starts && segments) {
-      const Unit unit = this->unit();
-      each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
-      syncthreads();
+  // late: its late readers too.
+  PRIM void run_whole(bool reads, bool late) {
+    const std::int32_t segments = unit().segments(a_);
+    for (std::int32_t s = 0; s < segments; ++s) {
+      if (s == 0 && starts()) {
+        const Unit unit = this->unit();
+        T* slot = slot_of(0);
+        each_number([&](std::int64_t sum) { st_global(slot + sum, static_cast<T>(unit.given(a_, sum))); });
+        syncthreads();
+      }
+      run_segment(s, s > 0 || starts() ? slot_of(0) : nullptr, reads);
+      if (s + 1 == segments && !a_.keeps_end) break;
+      carry_on(s == 0);
     }
-    for (std::int64_t s = 0; s < segments; ++s) {
-      run_segment(s, s > 0 || starts ? slot : nullptr, reads);
-      if (s + 1 == segments && !a_.keeps_end) return;
-      store_local(slot);
-      syncthreads();
-      const Unit unit = this->unit();
-      each_number([&](std::int64_t sum) {
-        double* carry = a_.carry + index_ * s_.unit_sums + sum;
-        const double carried =
-            (s > 0 ? ld_global(carry) : unit.given(a_, sum)) + static_cast<double>(ld_global(slot + sum));
-        st_global(carry, carried);
-        st_global(slot + sum, static_cast<T>(carried));
-      });
-      syncthreads();
-    }
+    if (!late) return;
+    const Unit unit = this->unit();
+    const SweepOrder order = unit.rows(a_).order();
+    const T* slot = slot_of(0);
+    read_rows(order.late_begin(), order.readers,
+              [&](std::int64_t sum) { return segments ? ld_global(slot + sum) : static_cast<T>(unit.given(a_, sum)); });
   }
 
-  // Of segment first_segment + s: its sum, or its readers.
-  PRIM void run_one(std::int64_t s, bool reads) {
+  // Of segment first_segment + s.
+  PRIM void sum_segment(std::int32_t s) {
     if (a_.first_segment + s >= unit().segments(a_)) return;
-    T* slot = a_.slots + (index_ * a_.in_flight + s) * s_.unit_sums;
-    run_segment(a_.first_segment + s, reads ? slot : nullptr, reads);
-    if (!reads) store_local(slot);
+    run_segment(a_.first_segment + s, nullptr, false);
+    store_local(slot_of(s));
+  }
+  PRIM void read_segment(std::int32_t s) {
+    if (a_.first_segment + s < unit().segments(a_)) run_segment(a_.first_segment + s, slot_of(s), true);
   }
 
   // Early or late readers among rows begin .. end - 1.
@@ -173,23 +172,37 @@ class Sweep {
     const std::int64_t low = early ? 0 : order.late_begin(), high = early ? order.early_end() : order.readers;
     if (begin < low) begin = low;
     if (end > high) end = high;
-    if (begin >= end) return;
     const bool carried = !early && order.writers;
-    const double* carry = a_.carry + index_ * s_.unit_sums;
-    const auto sum = [&](std::int64_t i) { return static_cast<T>(carried ? ld_global(carry + i) : unit.given(a_, i)); };
-    const std::int64_t numbers = std::int64_t{s_.depth} * S::width, filled = (s_.g - s_.m) / sizeof(T);
-    for (std::int64_t i = thread_; i < filled; i += S::threads)
-      st_shared(s_.m + static_cast<smem_t>(i) * sizeof(T), i < numbers ? sum(i) : T(0));
-    if constexpr (has_total(what))
-      for (int d = thread_; d < s_.depth; d += S::threads) st_shared(s_.z + d * sizeof(T), sum(numbers + d));
-    for (std::int64_t r = begin; r < end; r += S::readers)
-      read_strip(r, static_cast<int>(end - r < S::readers ? end - r : S::readers), -1, true);
+    const double* carry = a_.carry + place() * s_.unit_sums;
+    read_rows(begin, end,
+              [&](std::int64_t sum) { return static_cast<T>(carried ? ld_global(carry + sum) : unit.given(a_, sum)); });
   }
 
  private:
   using Unit = SweepUnit<T, what>;
+  using Rows = LinearRows<T, what>;
   // Made anew wherever it is needed: it is not kept in registers meanwhile.
   PRIM Unit unit() const { return {a_, opaque(index_)}; }
+  PRIM std::int64_t place() const { return opaque(index_) - a_.first_unit; }  // of the unit in carry and slots
+  PRIM T* slot_of(std::int32_t s) const { return a_.slots + (place() * a_.in_flight + s) * s_.unit_sums; }
+
+  PRIM bool starts() const { return a_.start.sum && unit().sequence.exists; }  // from a state that was given
+
+  // Adds the segment's sum to the carried one, which the next segment starts from.
+  PRIM void carry_on(bool is_first) {
+    T* slot = slot_of(0);
+    store_local(slot);
+    syncthreads();
+    const Unit unit = this->unit();
+    double* carry = a_.carry + place() * s_.unit_sums;
+    each_number([&](std::int64_t sum) {
+      const double before = is_first ? unit.given(a_, sum) : ld_global(carry + sum);
+      const double carried = before + static_cast<double>(ld_global(slot + sum));
+      st_global(carry + sum, carried);
+      st_global(slot + sum, static_cast<T>(carried));
+    });
+    syncthreads();
+  }
 
   PRIM int state_row(int i) const { return thread_ / (S::width / S::columns) + S::depth_lanes * i; }
   PRIM int state_column() const { return thread_ % (S::width / S::columns) * S::columns; }
@@ -223,9 +236,22 @@ class Sweep {
       }
   }
 
+  // Of the state alone, whose numbers are sum(number).
+  template <class Sum>
+  PRIM void read_rows(std::int64_t begin, std::int64_t end, Sum sum) const {
+    if (begin >= end) return;
+    const std::int64_t numbers = std::int64_t{s_.depth} * S::width, filled = (s_.g - s_.m) / sizeof(T);
+    for (std::int64_t i = thread_; i < filled; i += S::threads)
+      st_shared(s_.m + static_cast<smem_t>(i) * sizeof(T), i < numbers ? sum(i) : T(0));
+    if constexpr (has_total(what))
+      for (int d = thread_; d < s_.depth; d += S::threads) st_shared(s_.z + d * sizeof(T), sum(numbers + d));
+    for (std::int64_t r = begin; r < end; r += S::readers)
+      read_strip(r, static_cast<int>(end - r < S::readers ? end - r : S::readers), -1, true);
+  }
+
   // Leaves the segment's sum in local_. `start`: null: nothing.
-  PRIM void run_segment(std::int64_t s, const T* start, bool reads) {
-    const std::int64_t begin = s * segment_rows, rest = unit().rows(a_).order().writers - begin;
+  PRIM void run_segment(std::int32_t s, const T* start, bool reads) {
+    const std::int64_t begin = std::int64_t{s} * segment_rows, rest = unit().rows(a_).order().writers - begin;
     const int writers = rest < segment_rows ? static_cast<int>(rest) : segment_rows;
     reads = reads && first_reader(begin) < first_reader(begin + writers);
 #pragma unroll
@@ -253,21 +279,43 @@ class Sweep {
 
   PRIM std::int64_t first_reader(std::int64_t writer) const { return unit().rows(a_).order().first_reader(writer); }
 
-  PRIM void load_writers(std::int64_t first, int count) {
+  // Two rows at a time are read by a warp, so that their loads are on their way together: body(r, row r, row r +
+  // warps), row_at(r) being valid below `filled`.
+  static constexpr int warps = S::threads / 32;
+  template <int count, class RowAt, class Body>
+  PRIM void each_pair_of_rows(int filled, RowAt row_at, Body body) const {
+    static_assert(count % (2 * warps) == 0);
+#pragma unroll 1
+    for (int r = warp_; r < count; r += 2 * warps)
+      body(r, row_at(r < filled ? r : 0), row_at(r + warps < filled ? r + warps : 0));
+  }
+  // Writes rows r and r + warps of a tile: side(row, d) for d < dim, zeros up to `padded` and where a row does not
+  // count or is none of the first `filled`.
+  template <class Row, class Side>
+  PRIM void store_pair(smem_t tile, smem_t pitch, int filled, int r, const Row& one, const Row& two, int dim,
+                       int padded, Side side) const {
+    const bool counts = r < filled && one.counts, other_counts = r + warps < filled && two.counts;
+    tile += r * pitch;
+#pragma unroll 1
+    for (int d = lane_; d < padded; d += 32) {
+      const T x = side(one, d < dim ? d : 0), y = side(two, d < dim ? d : 0);
+      st_shared(tile + d * sizeof(T), counts && d < dim ? x : T(0));
+      st_shared(tile + warps * pitch + d * sizeof(T), other_counts && d < dim ? y : T(0));
+    }
+  }
+
+  PRIM void load_writers(std::int64_t first, int count) const {
     const Unit unit = this->unit();
     const auto rows = unit.rows(a_);
-    for (int w = warp_; w < S::width; w += S::threads / 32) {
-      const auto row = rows.writer(w < count ? first + w : first);
-      const bool counts = w < count && row.counts;
-#pragma unroll 2
-      for (int d = lane_; d < s_.padded_depth; d += 32)
-        st_shared(w * s_.pitch + d * sizeof(T), counts && d < s_.depth ? rows.first_side(row, d) : T(0));
-      for (int c = lane_; c < S::width; c += 32) {
-        const int column = unit.tile * S::width + c;
-        st_shared(s_.g + (w * S::width + c) * sizeof(T),
-                  counts && column < s_.values ? rows.second_side(row, column) : T(0));
-      }
-    }
+    const int column = unit.tile * S::width, left = s_.values - column;
+    each_pair_of_rows<S::width>(
+        count, [&](int w) { return rows.writer(first + w); },
+        [&](int w, const auto& one, const auto& two) {
+          store_pair(0, s_.pitch, count, w, one, two, s_.depth, s_.padded_depth,
+                     [](const auto& row, int d) { return Rows::first_side(row, d); });
+          store_pair(s_.g, S::width * sizeof(T), count, w, one, two, left < S::width ? left : S::width, S::width,
+                     [&](const auto& row, int c) { return Rows::second_side(row, column + c); });
+        });
   }
 
   // local += F^T G, z's likewise; the step's sum is made first.
@@ -307,6 +355,7 @@ class Sweep {
       for (int i = 0; i < S::z_steps; ++i) {
         const int d = thread_ + S::threads * i;
         T sum = T(0);
+#pragma unroll 2
         for (int w = 0; d < s_.depth && w < count; ++w) sum += ld_shared<T>(w * s_.pitch + d * sizeof(T));
         local_z_[i] += sum;
       }
@@ -345,13 +394,12 @@ class Sweep {
   PRIM void read_strip(std::int64_t r0, int count, std::int64_t first, bool has_state) const {
     const Unit unit = this->unit();
     const auto rows = unit.rows(a_);
-    for (int r = warp_; r < S::readers; r += S::threads / 32) {
-      const auto row = rows.reader(r < count ? r0 + r : r0);
-      const bool counts = r < count && row.counts;
-#pragma unroll 2
-      for (int d = lane_; d < s_.padded_depth; d += 32)
-        st_shared(s_.x + r * s_.pitch + d * sizeof(T), counts && d < s_.depth ? rows.first_side(row, d) : T(0));
-    }
+    each_pair_of_rows<S::readers>(
+        count, [&](int r) { return rows.reader(r0 + r); },
+        [&](int r, const auto& one, const auto& two) {
+          store_pair(s_.x, s_.pitch, count, r, one, two, s_.depth, s_.padded_depth,
+                     [](const auto& row, int d) { return Rows::first_side(row, d); });
+        });
     syncthreads();
     const int r = thread_ / S::lanes, lane = thread_ % S::lanes;
     const bool active = r < count;
@@ -367,7 +415,7 @@ class Sweep {
     if (has_state) {
       read_state(x, lane, y);
       if constexpr (has_total(what))
-#pragma unroll 2
+#pragma unroll 1
         for (int d = lane; d < s_.depth; d += S::lanes)
           total = multiply_add(ld_shared<T>(x + d * sizeof(T)), ld_shared<T>(s_.z + d * sizeof(T)), total);
     }

@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(SweepTile<P>::threads, SweepTile<P>::blocks)
       for (int r = 0; reads && r < block().reader_tiles(); ++r) {
         if (r > 0) {
           prim::cp_async_wait<0>();
-          prim::syncthreads();
-          map_readers<T>(block(), time, r);
+          map_readers<T>(block(), time, r);  // each thread what it has copied itself
           prim::syncthreads();
         }
         if (w == 0) {
