@@ -4,10 +4,11 @@ GPU's shared memory, and on how many blocks fill it."""
 import emulated_device
 import pytest
 import torch
-from cases import given, rms_error, run_kernels, run_reference
+from cases import check, given, rms_error, run_kernels, run_reference
 from cpp_suites import Unavailable
 from devices import on
 from emulator import RANDOM
+from operators import randn
 
 # Compute capability and multiprocessors: much, some and little shared memory; 100 of them want keys shared by blocks.
 GPUS = [(90, 4), (90, 100), (80, 4), (86, 4)]
@@ -65,3 +66,13 @@ def test_every_shape(device, gpu, head_dim, name):
     for result in ("dq", "dk", "dv"):
         error, limit = rms_error(actual[result], exact[result]), 2 * rms_error(standard[result], exact[result])
         assert error <= limit, f"{result}: RMS error {error:.3g}, twice the standard's {limit:.3g}"
+
+
+def test_keys_without_rows_in_blocks_of_their_own(device):
+    """Few rows, so that no blocks share a tile of keys: what no row sees has a gradient of zero."""
+    shapes = (1, 2, 10, 64), (1, 1, 400, 64), (1, 1, 400, 64), (1, 2, 10, 64)
+    query, key, value, grad_out = (randn(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(shapes))
+    case = given("attention", query, key, value, grad_out, window=(10, 0))
+    check(case)
+    actual = run_kernels(case)
+    assert not actual["dk"][:, :, :380].any() and not actual["dv"][:, :, :380].any()

@@ -42,14 +42,18 @@ TESTS = {
         *(f"{NOT_FINITE}[{bad}-float32]" for bad in ("query", "grad_out")),
     ],
     "csrc/cuda/sm80/backward": [
-        f"{BACKWARD}[{case}]"
-        for case in (
-            "causal-64-sm90x4",
-            "keys without rows-64-sm90x4",
-            "deterministic-64-sm90x4",
-            "groups apart-128-sm86x4",
-            "causal-128-sm90x100",
-        )
+        f"{SHAPES}[bfloat16-plain-64-80]",
+        "tests/test_emulated_backward.py::test_keys_without_rows_in_blocks_of_their_own",
+        *(
+            f"{BACKWARD}[{case}]"
+            for case in (
+                "causal-64-sm90x4",
+                "keys without rows-64-sm90x4",
+                "deterministic-64-sm90x4",
+                "groups apart-128-sm86x4",
+                "causal-128-sm90x100",
+            )
+        ),
     ],
     "csrc/cuda/sm80/decode": [
         *(f"{FORWARD}keys_shared_by_blocks[{name}-{dim}]" for name in ("plain", "mask") for dim in (64, 256)),
