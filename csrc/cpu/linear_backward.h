@@ -134,9 +134,7 @@ class LinearValueGradient final : public LinearRowsBackwards<T> {
     this->phi_of_query_row(row, f);
     return this->weighted_grad_out(row, buffer);
   }
-  void reader(std::int64_t r, T* x) override {
-    this->phi_of_key_row(this->reader_key(r), x);
-  }
+  void reader(std::int64_t r, T* x) override { this->phi_of_key_row(this->reader_key(r), x); }
   void finish(std::int64_t r, const T*, T* y) override {
     const std::int64_t j = this->reader_key(r);
     if (this->unseen(j)) this->zeros(y, this->padded_value_dim_);

@@ -27,15 +27,39 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "emulation_mutants"
 CALLS = ("syncthreads", "syncwarp", "cp_async_commit", "cp_async_wait")
 # The tests of a file's mutants, by the first name that fits: few and small, so that a mutant takes seconds.
-SHAPES, CATALOGUE, NOT_FINITE, FORWARD, BACKWARD = (
+SHAPES, CATALOGUE, NOT_FINITE, FORWARD, BACKWARD, LINEAR = (
     "tests/test_emulated_kernels.py::test_shapes_of_every_gpu",
     "tests/test_emulated_kernels.py::test_problems_of_the_catalogue",
     "tests/test_emulated_kernels.py::test_a_row_that_is_not_finite_stays_with_the_keys_it_sees",
     "tests/test_emulated_forward.py::test_",
     "tests/test_emulated_backward.py::test_every_shape",
+    "tests/test_emulated_linear.py::test_",
 )
 TESTS = {
     "csrc/cuda/plan.cu": [f"tests/test_emulated_plan.py::test_plans_agree[{seed}]" for seed in (0, 20, 40)],
+    "csrc/cuda/linear_plan.cu": [
+        f"{LINEAR}rows_before_the_first_key_are_zero_whatever_they_hold[{n}]" for n in (31, 257)
+    ],
+    "csrc/cuda/generic/linear": [
+        *(f"{LINEAR}segments[many keys-{is_causal}-torch.float32]" for is_causal in (True, False)),
+        *(
+            f"{LINEAR}{name}"
+            for name in (
+                "the_order_of_blocks_and_warps_changes_nothing[torch.float32]",
+                "hidden_keys_may_hold_anything[True]",
+            )
+        ),
+        f"{LINEAR}a_stream_is_one_call[[40, 30]-torch.float32]",
+    ],
+    "csrc/cuda/sm80/linear": [
+        *(
+            f"{LINEAR}pieces[{name}-{is_causal}-torch.bfloat16]"
+            for name in ("both", "many rows")
+            for is_causal in (True, False)
+        ),
+        *(f"{LINEAR}widths_of_16_bits[{is_causal}-(256, 256)-torch.bfloat16]" for is_causal in (True, False)),
+        f"{LINEAR}16_bits_are_the_same_in_every_order[True-torch.bfloat16]",
+    ],
     "csrc/cuda/generic/": [
         *(f"{SHAPES}[float32-{name}-{dim}-80]" for name in ("plain", "mask", "groups apart") for dim in (64, 256)),
         *(f"{CATALOGUE}[mmca {name}]" for name in ("self sum", "block lse")),
