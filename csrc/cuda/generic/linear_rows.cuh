@@ -94,10 +94,11 @@ class LinearRows {
     }
   };
 
-  // Writer and reader rows by their number in the order of time; by a whole warp.
-  PRIM auto writer(std::int64_t w) const {
+  // Writer and reader rows by their number in the order of time; by a whole warp. wants_phi: phi_side will be asked
+  // for.
+  PRIM auto writer(std::int64_t w, bool wants_phi) const {
     if constexpr (keys_read(what)) {
-      QueryRow row = query_row<32>(true, std::int64_t{sequence_.q_len} * heads_ - 1 - w, true);
+      QueryRow row = query_row<32>(true, std::int64_t{sequence_.q_len} * heads_ - 1 - w, wants_phi);
       row.counts = row.inverse != T(0);
       return row;
     } else {

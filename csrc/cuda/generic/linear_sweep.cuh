@@ -308,11 +308,16 @@ class Sweep {
     const Unit unit = this->unit();
     const auto rows = unit.rows(a_);
     const int column = unit.tile * S::width, left = s_.values - column;
+    // One side after the other: both sides of two rows would take too many registers.
     each_pair_of_rows<S::width>(
-        count, [&](int w) { return rows.writer(first + w); },
+        count, [&](int w) { return rows.writer(first + w, !by_value(what)); },
         [&](int w, const auto& one, const auto& two) {
           store_pair(0, s_.pitch, count, w, one, two, s_.depth, s_.padded_depth,
                      [](const auto& row, int d) { return Rows::first_side(row, d); });
+        });
+    each_pair_of_rows<S::width>(
+        count, [&](int w) { return rows.writer(first + w, by_value(what)); },
+        [&](int w, const auto& one, const auto& two) {
           store_pair(s_.g, S::width * sizeof(T), count, w, one, two, left < S::width ? left : S::width, S::width,
                      [&](const auto& row, int c) { return Rows::second_side(row, column + c); });
         });
