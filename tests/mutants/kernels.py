@@ -9,8 +9,11 @@ def portable(copy, options):
 
 def amx(copy, options):
     copy.must_build()
-    question = "from mmca_ext import _C; print(any(k.isa == 'amx' and k.available for k in _C.kernels()))"
-    if copy.run("-c", question, timeout=60).stdout.strip() == "True":
+    question = "from mmca_ext import _C; print(any(k['isa'] == 'amx' and k['available'] for k in _C.kernels()))"
+    answer = copy.run("-c", question, timeout=60)
+    if answer.stdout.strip() not in ("True", "False"):
+        raise SystemExit(answer.stderr)
+    if answer.stdout.strip() == "True":
         yield from mutants(copy, options, AMX, "-k", "amx")
     else:
         print("amx: not run, this processor has none", flush=True)
