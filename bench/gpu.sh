@@ -5,7 +5,8 @@
 #
 # builds for the GPU that is here; side by side, runs the suites on its kernels, four tools of compute-sanitizer over a
 # small set, and the compilers of what the benchmark compares with; then, alone, the comparison with torch's kernels.
-# Needs python3 with torch for CUDA, nvcc, ninja, pytest; no network. Under $OUT, or bench/results without it:
+# Needs python3 with torch for CUDA, nvcc, ninja, pytest; no network. With GoogleTest, the system's or its sources in
+# build/googletest, the C++ benches run, too. Under $OUT, or bench/results without it:
 #
 #     gpu_<name>_checks.md      a line a check: its result, its time, the last line it printed
 #     gpu_<name>_failures.log   the ends of what failed, if something did
@@ -98,6 +99,7 @@ elif wants test; then
     tests/faults --ignore tests/faults/test_process.py &
   pytest "test of random cases" $(parallel 4) --device cuda tests/test_differential.py tests/test_functional_api.py \
     -k the_reference &
+  pytest "test of linear attention" $(parallel 2) --device cuda tests/test_linear.py &
   pytest "test of accuracy" --device cuda tests/test_differential.py -k "standard or past" &
 fi
 if wants sanitize && [ -n "$dry" ]; then
@@ -117,6 +119,12 @@ fi
 where=(); if [ -n "$dry" ]; then where=(--device cpu --shrink 128 --seconds 0); fi
 if wants bench && [ -z "$dry" ]; then # Triton's compilers fill a cache on disk: minutes that the benchmark then saves
   stage $check_seconds "compile the peers" $PYTHON -m bench gpu --compile &
+fi
+if wants test && [ -z "$dry" ] && { [ -e /usr/include/gtest/gtest.h ] || [ -d build/googletest ]; }; then
+  stage $check_seconds "benches of C++" env MMCA_BENCH_SECONDS=0.01 bash -c '
+    cmake -S bench/cpp -B build/bench-cpp -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST="$PWD/build/googletest" >/dev/null &&
+    cmake --build build/bench-cpp --parallel >/dev/null &&
+    for family in build/bench-cpp/*_bench; do "$family" || exit 1; done' &
 fi
 wait
 

@@ -212,6 +212,21 @@ class Cases:
             goal=(3.0, 3.0),
         )
 
+    def linear(self, batch, heads, length, dim, is_causal, dtype="bf16"):
+        """What must be moved at the least: q, k, v and the output, once."""
+        length = max(128, self.length(length))  # a chunk of the peer's
+        peer = ("torch, chunked", peers.linear_chunked) if is_causal else ("torch", peers.linear_products)
+        return Work(
+            f"linear{' causal' * is_causal}, {dtype}, batch {batch}, {heads} heads of {dim}, {length} tokens",
+            "Linear attention",
+            lambda q, k, v: functional.linear_attention(q, k, v, is_causal),
+            dict([peer]),
+            ((batch, heads, length, dim),) * 3,
+            dtype,
+            4.0 * batch * heads * length * dim * dim,
+            bytes=4.0 * batch * heads * length * dim * DTYPES[dtype].itemsize,
+        )
+
     def block_mask(self, mask_mod, q_len, k_len):
         return create_block_mask(mask_mod, None, None, q_len, k_len, device=self.device)
 
@@ -249,6 +264,10 @@ class Cases:
             )
         for batch, keys in ((1, 4096), (1, 65536), (16, 16384)):
             yield self.decode(batch, keys)
+        for is_causal in (False, True):
+            for batch, heads, length, dim in ((1, 8, 131072, 64), (8, 32, 8192, 64), (8, 16, 8192, 128)):
+                yield self.linear(batch, heads, length, dim, is_causal)
+        yield self.linear(8, 16, 8192, 64, True, "fp32")
         yield self.window(16384, 1023)
         yield self.masked(4096)
         yield self.bias(2048)
