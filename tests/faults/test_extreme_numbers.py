@@ -8,7 +8,7 @@ import torch
 
 from mmca_ext import functional
 
-from .common import WIDE, Problem, everything, in_bound, qkv, rand, randn, same_bits
+from .common import SIZES, WIDE, Problem, everything, in_bound, qkv, rand, randn, same_bits
 
 
 @pytest.fixture
@@ -160,6 +160,19 @@ def test_scales(isa, dtype, scale):
         assert results["out"].isfinite().all() and results["lse"].isfinite().all()
     else:
         in_bound(arguments, isa)
+
+
+@pytest.mark.parametrize("q_len, k_len", SIZES.values())
+def test_a_scale_of_zero_is_a_mean_whatever_the_products(isa, dtype, q_len, k_len):
+    known_on_gpus(dtype != torch.float16, "products overflow before the scale can take them to 0")
+    query, key, value = qkv(q_len, k_len, dtype=dtype)
+    large = torch.finfo(dtype).max / 8
+    out = functional.attention(query.sign() * large, key.sign() * large, value, scale=0.0)
+    mean = value.double().mean(2, keepdim=True).repeat_interleave(2, 1).expand_as(out)
+    error = (out.double() - mean).abs()
+    own = torch.finfo(dtype).eps * mean.abs()
+    sums = k_len * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    assert (error <= own + sums * value.double().abs().mean(2, keepdim=True).repeat_interleave(2, 1)).all()
 
 
 def test_results_too_large_for_the_storage_are_infinite_not_wrong(isa):

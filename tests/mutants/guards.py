@@ -343,26 +343,8 @@ AMX = {
             "const __mmask32 kept = !row || factor == 0 ? 0",
             "const __mmask32 kept = !row ? 0",
         ),
-        Guard(
-            "three parts of a float",
-            [EXTREME, LIMITS],
-            "else part[2] = _mm512_castps_si512(without_upper_half(x));",
-            "else part[2] = _mm512_setzero_si512();",
-        ),
-        Guard(
-            "the last part is rounded",
-            [EXTREME, LIMITS],
-            "if constexpr (parts == 2) part[1] = _mm512_add_epi32(part[1], _mm512_set1_epi32(0x8000));\n  else ",
-            "if constexpr (parts == 3) ",
-        ),
     ],
     "csrc/cpu/amx_products.h": [
-        Guard(
-            "a query beyond the rows",
-            [NAN],
-            "r < count_ ? from_.query(row).row(row.row, buffer_) : nullptr",
-            "from_.query(row).row(row.row, buffer_)",
-        ),
         Guard("values are looked at", [NAN], "values_finite_ &=\n          pack", "pack"),
         Guard(
             "weights changed by dropout are kept",
