@@ -48,9 +48,10 @@ fuzz: build  ## random cases against fp64, ten times as many as in the tests
 
 # What holds on any device and takes minutes there; the CPU's suites ask for more in places (weights of 32 bits, its
 # instruction sets). Of tests/faults some: a GPU runs them all (bench/gpu.sh).
-EMULATED ?= tests/test_emulated_kernels.py tests/test_emulated_forward.py tests/test_emulated_backward.py tests/test_emulated_linear.py tests/test_linear.py \
-  tests/test_functional_api.py tests/test_autograd.py tests/test_bad_packing.py tests/test_packed_layers.py \
-  tests/test_gradcheck.py tests/test_differential.py $(EMULATED_FAULTS:%=tests/faults/test_%.py)
+EMULATED ?= tests/test_emulated_kernels.py tests/test_emulated_forward.py tests/test_emulated_backward.py \
+  tests/test_emulated_linear.py tests/test_linear.py tests/test_functional_api.py tests/test_autograd.py \
+  tests/test_bad_packing.py tests/test_packed_layers.py tests/test_gradcheck.py tests/test_differential.py \
+  $(EMULATED_FAULTS:%=tests/faults/test_%.py)
 EMULATED_FAULTS := arguments autograd empty_rows extreme_numbers
 
 SOAK_STEPS ?= 30000
