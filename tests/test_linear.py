@@ -527,8 +527,9 @@ def test_autocast(inputs, dtype):
     work = inputs if inputs == f64 else dtype
     assert results[0].dtype == expected[0].dtype == work and results[1].dtype == f64
     close(results[0], expected[0], 7, work)
+    rounded = work if devices.current != "cpu" else f32  # tensor cores take phi in 16 bits
     for actual, other in zip(results[1:], expected[1:], strict=True):
-        close(actual, other, 7, f64 if work == f64 else f32)
+        close(actual, other, 7, f64 if work == f64 else rounded)
     gradients = torch.autograd.grad(results[0].sum(), leaves)
     assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
 
